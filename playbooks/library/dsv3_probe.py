@@ -1,0 +1,670 @@
+#!/usr/bin/python3
+"""Read one host's state and print it as JSON. Read-only.
+
+It runs in two ways and needs nothing but Python 3.6 and its standard library:
+
+- as an Ansible module (the marker WANT_JSON makes Ansible pass its arguments in a file), and
+- as a plain script, also from standard input: ``ssh HOST python3 - '{"paths": ["/data"]}' < dsv3_probe.py``.
+
+A section that cannot be read is left at its empty value and says why in ``errors``; the probe as a whole
+does not fail. The schema is documented in docs/reference/probe-facts.md.
+"""
+
+import glob
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+DOCUMENTATION = """
+module: dsv3_probe
+short_description: Read the state of a GPU host
+description:
+  - Reads operating system, memory, disks, network, listening ports, GPUs, HCAs and containers in one pass.
+  - Changes nothing, in check mode or not. What cannot be read is reported, not fatal.
+options:
+  paths:
+    description: Paths whose file systems are measured; the nearest existing parent stands in for a missing one.
+    type: list
+    elements: str
+    default: []
+  reach:
+    description: Addresses to connect to over TCP. An answer and a refusal both count as reachable.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      host: {description: Name given back in the result., type: str}
+      address: {description: Address to connect to., type: str, required: true}
+      port: {description: TCP port to connect to., type: int, required: true}
+      source: {description: Local address to connect from; any when empty., type: str}
+  only:
+    description: Names of the sections to read; all when empty.
+    type: list
+    elements: str
+    default: []
+author: [deploy-dsv3]
+"""
+
+EXAMPLES = """
+- name: Read the host
+  dsv3_probe:
+    paths: [/var/lib/docker, /data/models]
+"""
+
+RETURN = """
+dsv3_facts:
+  description: What was read; docs/reference/probe-facts.md has the schema.
+  returned: always
+  type: dict
+"""
+
+SCHEMA = 1
+NVIDIA_SMI_TIMEOUT_S = 20
+DOCKER_TIMEOUT_S = 5
+REACH_TIMEOUT_S = 3
+NVIDIA = "0x10de"
+# PCI class codes, first four digits: VGA and 3D controllers are GPUs, "other bridge" is an NVSwitch.
+GPU_CLASSES = ("0x0300", "0x0302")
+NVSWITCH_CLASS = "0x0680"
+MANAGED_LABEL = "io.deploy-dsv3.managed"
+CONTAINER_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+def read(*parts):
+    """Return the stripped text of a file, or "" when it is absent or cannot be read."""
+    try:
+        with open(os.path.join(*parts), encoding="utf-8", errors="replace") as handle:
+            return handle.read().strip()
+    except OSError:
+        return ""
+
+
+def entries(*parts):
+    """Return the sorted names in a directory, none when it is absent. Numbers sort by value."""
+    try:
+        names = os.listdir(os.path.join(*parts))
+    except OSError:
+        return []
+    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+def integer(text, default=0):
+    """Return `text` as an int, `default` when it is not one."""
+    try:
+        return int(text, 0) if text.startswith("0x") else int(text)
+    except ValueError:
+        return default
+
+
+def key_values(text):
+    """Return the assignments of an os-release file, unquoted."""
+    values = {}
+    for line in text.splitlines():
+        key, separator, value = line.partition("=")
+        if separator and not key.startswith("#"):
+            words = shlex.split(value)
+            values[key.strip()] = words[0] if words else ""
+    return values
+
+
+def probe_os(root):
+    """Return the operating system, its family, kernel and init."""
+    release = key_values(read(root, "etc/os-release") or read(root, "usr/lib/os-release"))
+    like = [release.get("ID", "")] + release.get("ID_LIKE", "").split()
+    family = "other"
+    if "debian" in like or "ubuntu" in like:
+        family = "Debian"
+    elif "rhel" in like or "fedora" in like or "centos" in like:
+        family = "RedHat"
+    uname = os.uname()
+    return {
+        "id": release.get("ID", ""),
+        "version_id": release.get("VERSION_ID", ""),
+        "codename": release.get("VERSION_CODENAME", ""),
+        "family": family,
+        "arch": uname.machine,
+        "kernel": uname.release,
+        "init": "systemd" if os.path.isdir(os.path.join(root, "run/systemd/system")) else "other",
+        "python": ".".join(str(part) for part in sys.version_info[:3]),
+        "secure_boot": secure_boot(root),
+    }
+
+
+def secure_boot(root):
+    """Return whether firmware enforces signed kernel modules; None where there is no such firmware."""
+    for path in glob.glob(os.path.join(root, "sys/firmware/efi/efivars/SecureBoot-*")):
+        with open(path, "rb") as handle:
+            content = handle.read()
+        return bool(content) and content[-1:] == b"\x01"  # four bytes of attributes, then the value
+    return None
+
+
+def probe_memory(root):
+    """Return total and available memory in bytes."""
+    sizes = {}
+    for line in read(root, "proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        sizes[name] = integer(value.split()[0]) * 1024
+    return {"total_bytes": sizes.get("MemTotal", 0), "available_bytes": sizes.get("MemAvailable", 0)}
+
+
+def probe_disks(root, paths):
+    """Return size and free space of the file system that holds (or would hold) each path."""
+    disks = []
+    for path in paths:
+        existing = os.path.join(root, path.lstrip("/"))
+        while not os.path.exists(existing) and existing not in ("/", ""):
+            existing = os.path.dirname(existing)
+        stat = os.statvfs(existing)
+        exists_path = "/" + os.path.relpath(existing, root) if root != "/" else existing
+        disks.append({
+            "path": path,
+            "exists_path": "/" if exists_path == "/." else exists_path,
+            "total_bytes": stat.f_frsize * stat.f_blocks,
+            "free_bytes": stat.f_frsize * stat.f_bavail,
+        })
+    return disks
+
+
+def interface_kind(directory):
+    """Return what kind of network interface a /sys/class/net entry is."""
+    kind = integer(read(directory, "type"), -1)
+    device_type = re.search(r"^DEVTYPE=(\w+)", read(directory, "uevent"), re.MULTILINE)
+    if kind == 772:
+        return "loopback"
+    if os.path.isdir(os.path.join(directory, "bonding")):
+        return "bond"
+    if os.path.isdir(os.path.join(directory, "bridge")):
+        return "bridge"
+    if device_type and device_type.group(1) in ("vlan", "bond", "bridge"):
+        return device_type.group(1)
+    if kind == 32:
+        return "infiniband"
+    if "/devices/virtual/" in os.path.realpath(directory):
+        return "virtual"
+    return "physical"
+
+
+def probe_interfaces(root, addresses):
+    """Return the interfaces of /sys/class/net with the addresses given by interface name."""
+    base = os.path.join(root, "sys/class/net")
+    interfaces = []
+    for name in entries(base):
+        directory = os.path.join(base, name)
+        if not os.path.isdir(directory):  # /sys/class/net/bonding_masters is a file
+            continue
+        interfaces.append({
+            "name": name,
+            "mac": read(directory, "address"),
+            "mtu": integer(read(directory, "mtu")),
+            "operstate": read(directory, "operstate"),
+            "kind": interface_kind(directory),
+            "speed_mbps": max(integer(read(directory, "speed")), 0),  # -1 when the link is down
+            "addresses": addresses.get(name, []),
+        })
+    return interfaces
+
+
+def ip_json(*arguments):
+    """Return what `ip -j` prints, None when iproute2 is missing or too old for JSON."""
+    command = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if command is None:
+        return None
+    done = subprocess.run([command, "-j"] + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          timeout=5)
+    try:
+        return json.loads(done.stdout.decode() or "[]") if done.returncode == 0 else None
+    except ValueError:
+        return None
+
+
+def addresses_from_ip(links):
+    """Return addresses by interface name from the output of `ip -j addr`."""
+    return {
+        link["ifname"]: [
+            {"address": entry["local"], "prefix": entry["prefixlen"], "family": entry["family"],
+             "scope": entry.get("scope", "")}
+            for entry in link.get("addr_info", []) if "local" in entry
+        ]
+        for link in links if "ifname" in link
+    }
+
+
+def addresses_from_kernel(root):
+    """Return addresses by interface name without iproute2: the primary IPv4 address and all of IPv6."""
+    import fcntl
+
+    def ask(request, name):
+        packed = struct.pack("256s", name.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(handle.fileno(), request, packed)[20:24])
+
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        for name in entries(root, "sys/class/net"):
+            try:
+                address, mask = ask(0x8915, name), ask(0x891B, name)  # SIOCGIFADDR, SIOCGIFNETMASK
+            except OSError:
+                continue
+            prefix = bin(struct.unpack("!I", socket.inet_aton(mask))[0]).count("1")
+            scope = "host" if address.startswith("127.") else "link" if address.startswith("169.254.") else "global"
+            addresses[name] = [{"address": address, "prefix": prefix, "family": "inet", "scope": scope}]
+    for line in read(root, "proc/net/if_inet6").splitlines():
+        raw, _, prefix, scope, _, name = line.split()
+        addresses.setdefault(name, []).append({
+            "address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw)),
+            "prefix": int(prefix, 16),
+            "family": "inet6",
+            "scope": {"00": "global", "10": "host", "20": "link"}.get(scope, scope),
+        })
+    return addresses
+
+
+def routes_from_ip(routes):
+    """Return routes from the output of `ip -j route`."""
+    return [
+        {
+            "destination": "::/0" if ":" in route.get("gateway", "") and route["dst"] == "default"
+            else "0.0.0.0/0" if route["dst"] == "default" else route["dst"],
+            "interface": route.get("dev", ""),
+            "source": route.get("prefsrc", ""),
+            "gateway": route.get("gateway", ""),
+            "metric": route.get("metric", 0),
+        }
+        for route in routes if "dst" in route and "dev" in route and route.get("type", "unicast") == "unicast"
+    ]
+
+
+def routes_from_kernel(root):
+    """Return the IPv4 routes of /proc/net/route."""
+    def dotted(word):
+        return socket.inet_ntoa(struct.pack("=I", int(word, 16)))
+
+    routes = []
+    for line in read(root, "proc/net/route").splitlines()[1:]:
+        name, destination, gateway, flags, _, _, metric, mask = line.split()[:8]
+        if int(flags, 16) & 0x201 != 0x1:  # up, and not a rejecting route
+            continue
+        prefix = bin(int(mask, 16)).count("1")
+        routes.append({
+            "destination": "%s/%d" % (dotted(destination), prefix),
+            "interface": name,
+            "source": "",
+            "gateway": "" if gateway == "00000000" else dotted(gateway),
+            "metric": int(metric),
+        })
+    return routes
+
+
+def probe_network(root):
+    """Return interfaces with their addresses, and routes of the main table."""
+    links = ip_json("addr", "show") if root == "/" else None
+    routes = ip_json("route", "show") if root == "/" else None
+    routes6 = ip_json("-6", "route", "show") if root == "/" else None
+    addresses = addresses_from_kernel(root) if links is None else addresses_from_ip(links)
+    return {
+        "interfaces": probe_interfaces(root, addresses),
+        "routes": (routes_from_kernel(root) if routes is None else routes_from_ip(routes))
+        + routes_from_ip(routes6 or []),
+    }
+
+
+def socket_address(text):
+    """Return (address, port) of a /proc/net/tcp or tcp6 local_address column."""
+    raw, port = text.split(":")
+    # Each 32-bit word is printed in host byte order.
+    packed = b"".join(struct.pack("=I", int(raw[i:i + 8], 16)) for i in range(0, len(raw), 8))
+    return socket.inet_ntop(socket.AF_INET6 if len(packed) == 16 else socket.AF_INET, packed), int(port, 16)
+
+
+def socket_owners(root, inodes):
+    """Return the pid that holds each of the socket inodes, as far as this user may see."""
+    owners = {}
+    wanted = {"socket:[%s]" % inode: inode for inode in inodes}
+    for pid in entries(root, "proc"):
+        if not pid.isdigit():
+            continue
+        directory = os.path.join(root, "proc", pid, "fd")
+        try:
+            descriptors = os.listdir(directory)
+        except OSError:
+            continue
+        for descriptor in descriptors:
+            try:
+                target = os.readlink(os.path.join(directory, descriptor))
+            except OSError:
+                continue
+            if target in wanted:
+                owners.setdefault(wanted[target], int(pid))
+        if len(owners) == len(wanted):
+            break
+    return owners
+
+
+def process_home(root, pid):
+    """Return (container id, systemd unit) of a process from its control groups; "" for none."""
+    lines = read(root, "proc", str(pid), "cgroup").splitlines()
+    # The unified hierarchy (0::) is what systemd and a current Docker use; older ones repeat it per controller.
+    paths = [line.split(":", 2)[2] for line in sorted(lines, key=lambda l: not l.startswith("0::")) if ":" in line]
+    container = unit = ""
+    for path in paths:
+        container = container or (CONTAINER_ID.findall(path) or [""])[-1]
+        units = [part for part in path.split("/") if part.endswith(".service")]
+        unit = unit or (units[-1] if units else "")
+    return container, unit
+
+
+def probe_listening(root):
+    """Return every listening TCP socket with the process, container and unit that own it."""
+    found = []
+    for table in ("proc/net/tcp", "proc/net/tcp6"):
+        for line in read(root, table).splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A":
+                found.append((socket_address(columns[1]), columns[9]))
+    owners = socket_owners(root, {inode for _, inode in found}) if found else {}
+    listening = []
+    for (address, port), inode in found:
+        pid = owners.get(inode, 0)
+        container, unit = process_home(root, pid) if pid else ("", "")
+        listening.append({
+            "address": address,
+            "port": port,
+            "process": read(root, "proc", str(pid), "comm") if pid else "",
+            "pid": pid,
+            "container_id": container,
+            "unit": unit,
+        })
+    return sorted(listening, key=lambda entry: (entry["port"], entry["address"]))
+
+
+def probe_pci(root):
+    """Return NVIDIA's PCI devices of the GPU and NVSwitch classes; needs no driver."""
+    base = os.path.join(root, "sys/bus/pci/devices")
+    gpus, switches = [], []
+    for slot in entries(base):
+        if read(base, slot, "vendor") != NVIDIA:
+            continue
+        code = read(base, slot, "class")
+        entry = {"slot": slot, "vendor": NVIDIA, "device": read(base, slot, "device"), "class": code}
+        if code.startswith(GPU_CLASSES):
+            gpus.append(entry)
+        elif code.startswith(NVSWITCH_CLASS):
+            switches.append(entry)
+    return {"pci_gpus": gpus, "pci_nvswitches": switches}
+
+
+def probe_nvidia_smi():
+    """Return the GPUs that nvidia-smi lists, and how calling it ended."""
+    path = shutil.which("nvidia-smi", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin") or ""
+    answer = {"gpus": [], "nvidia_smi": {"path": path, "rc": -1, "error": ""}}
+    if not path:
+        return answer
+    query = "index,name,uuid,memory.total,driver_version"
+    try:
+        done = subprocess.run([path, "--query-gpu=" + query, "--format=csv,noheader,nounits"],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SMI_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        answer["nvidia_smi"]["error"] = "no answer within %d s" % NVIDIA_SMI_TIMEOUT_S
+        return answer
+    output = done.stdout.decode(errors="replace").strip()
+    answer["nvidia_smi"]["rc"] = done.returncode
+    if done.returncode != 0:
+        answer["nvidia_smi"]["error"] = output[-500:]
+        return answer
+    for line in output.splitlines():
+        columns = [column.strip() for column in line.split(",")]
+        if len(columns) == 5:
+            answer["gpus"].append({
+                "index": integer(columns[0]),
+                "name": columns[1],
+                "uuid": columns[2],
+                "memory_total_mib": integer(columns[3]),
+                "driver_version": columns[4],
+            })
+    return answer
+
+
+def probe_driver(root):
+    """Return the version of the loaded NVIDIA kernel module, and whether nouveau is loaded."""
+    version = read(root, "sys/module/nvidia/version")
+    if not version:
+        match = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", read(root, "proc/driver/nvidia/version"))
+        version = match.group(1) if match else ""
+    return {
+        "loaded_version": version,
+        "nouveau_loaded": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
+    }
+
+
+def probe_port(base, device, port):
+    """Return one HCA port with its state, rate in Gb/s and GID table."""
+    directory = os.path.join(base, device, "ports", port)
+    rate = re.match(r"[\d.]+", read(directory, "rate"))
+    gids = []
+    for index in entries(directory, "gids"):
+        gid = read(directory, "gids", index)
+        if not gid.replace(":", "").strip("0"):
+            continue  # an empty slot
+        gids.append({
+            "index": int(index),
+            "gid": gid,
+            "type": read(directory, "gid_attrs/types", index),
+            "ndev": read(directory, "gid_attrs/ndevs", index),
+        })
+    netdevs = {gid["ndev"] for gid in gids if gid["ndev"]}
+    for name in entries(base, device, "device/net"):
+        # Two ports of one PCI function tell their interfaces apart by dev_port.
+        if integer(read(base, device, "device/net", name, "dev_port")) in (0, int(port) - 1):
+            netdevs.add(name)
+    return {
+        "device": device,
+        "port": int(port),
+        "model": read(base, device, "hca_type"),
+        "state": read(directory, "state").partition(": ")[2],
+        "phys_state": read(directory, "phys_state").partition(": ")[2],
+        "rate_gbps": float(rate.group(0)) if rate else 0.0,
+        "link_layer": read(directory, "link_layer"),
+        "netdevs": sorted(netdevs),
+        "gids": gids,
+    }
+
+
+def probe_infiniband(root):
+    """Return the device files of /dev/infiniband and every port of every HCA."""
+    base = os.path.join(root, "sys/class/infiniband")
+    files = os.path.join(root, "dev/infiniband")
+    return {
+        # rdma-core also makes the directories by-ibdev and by-path there.
+        "devices": [name for name in entries(files) if not os.path.isdir(os.path.join(files, name))],
+        "ports": [
+            probe_port(base, device, port)
+            for device in entries(base) for port in entries(base, device, "ports")
+        ],
+    }
+
+
+def docker_get(path, resource):
+    """Return the decoded answer of the Docker engine's API on its unix socket."""
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("localhost", timeout=DOCKER_TIMEOUT_S)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(DOCKER_TIMEOUT_S)
+    try:
+        connection.sock.connect(path)
+        connection.request("GET", resource)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        if answer.status != 200:
+            raise ValueError("%s answered %d: %s" % (resource, answer.status, body[:200]))
+        return json.loads(body)
+    finally:
+        connection.close()
+
+
+def probe_daemon_json(root):
+    """Return (settings, error) of /etc/docker/daemon.json: (None, "") when there is none."""
+    path = os.path.join(root, "etc/docker/daemon.json")
+    try:
+        with open(path, encoding="utf-8") as handle:
+            text = handle.read()
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    if not text.strip():
+        return {}, ""  # dockerd takes an empty file for no settings
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        return None, str(error)
+    if not isinstance(settings, dict):
+        return None, "a JSON object is expected, found %s" % type(settings).__name__
+    return settings, ""
+
+
+def probe_docker(root):
+    """Return the Docker engine's version, data directory, daemon.json and all containers."""
+    settings, error = probe_daemon_json(root)
+    path = os.path.join(root, "var/run/docker.sock")
+    answer = {
+        "installed": any(
+            os.path.exists(os.path.join(root, directory, "dockerd"))
+            for directory in ("usr/bin", "usr/sbin", "usr/local/bin")
+        ),
+        "version": "", "running": False, "root_dir": "", "error": "",
+        "daemon_json": settings, "daemon_json_error": error, "containers": [],
+    }
+    if not os.path.exists(path):
+        return answer
+    try:
+        answer["version"] = docker_get(path, "/version").get("Version", "")
+        answer["running"] = True
+        answer["root_dir"] = docker_get(path, "/info").get("DockerRootDir", "")
+        for entry in docker_get(path, "/containers/json?all=1"):
+            labels = entry.get("Labels") or {}
+            started = ""
+            if labels.get(MANAGED_LABEL) == "true":
+                state = docker_get(path, "/containers/%s/json" % entry["Id"])["State"]
+                started = state.get("StartedAt", "")
+            answer["containers"].append({
+                "name": (entry.get("Names") or ["/"])[0].lstrip("/"),
+                "id": entry["Id"],
+                "image": entry.get("Image", ""),
+                "image_id": entry.get("ImageID", ""),
+                "labels": labels,
+                "state": entry.get("State", ""),
+                "started_at": started,
+            })
+    except (OSError, ValueError, KeyError) as problem:
+        answer["error"] = "%s: %s" % (path, problem)
+    return answer
+
+
+def probe_cdi(root):
+    """Return the CDI specifications that a container engine would read."""
+    specs = []
+    for directory in ("etc/cdi", "var/run/cdi"):
+        specs += ["/%s/%s" % (directory, name) for name in entries(root, directory)
+                  if name.endswith((".json", ".yaml", ".yml"))]
+    return {"specs": specs}
+
+
+def probe_deployment(root):
+    """Return what a previous run of deploy-dsv3 left: its release record and endpoint configuration."""
+    release = read(root, "etc/deploy-dsv3/release.json")
+    return {
+        "release": json.loads(release) if release else None,
+        "endpoint": os.path.exists(os.path.join(root, "etc/deploy-dsv3/endpoint/haproxy.cfg")),
+    }
+
+
+def connect(target, results, position):
+    """Try one TCP connection and store its outcome at `position` of `results`."""
+    address, port = str(target["address"]), int(target["port"])
+    outcome = {"host": target.get("host", ""), "address": address, "port": port, "reachable": True, "error": ""}
+    source = (str(target["source"]), 0) if target.get("source") else None
+    try:
+        socket.create_connection((address, port), REACH_TIMEOUT_S, source).close()
+    except ConnectionRefusedError:
+        pass  # the host answered that nobody listens there: it is reachable
+    except OSError as error:
+        outcome["reachable"] = False
+        outcome["error"] = str(error)
+    results[position] = outcome
+
+
+def probe_reach(targets):
+    """Return for each target whether its host answers, all tried at the same time."""
+    results = [None] * len(targets)
+    threads = [threading.Thread(target=connect, args=(target, results, position))
+               for position, target in enumerate(targets)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [result for result in results if result is not None]
+
+
+def probe(arguments, root="/"):
+    """Return the facts of this host.
+
+    `arguments` are the module's options; `root` is the directory that stands for "/".
+    """
+    only = arguments.get("only") or []
+    facts = {
+        "schema": SCHEMA,
+        "time": time.time(),
+        "hostname": socket.gethostname(),
+        "machine_id": read(root, "etc/machine-id"),
+        "boot_id": read(root, "proc/sys/kernel/random/boot_id"),
+        "user": {"uid": os.geteuid()},
+        "errors": {},
+    }
+    sections = [
+        ("os", lambda: {"os": probe_os(root)}),
+        ("memory", lambda: {"memory": probe_memory(root)}),
+        ("cpus", lambda: {"cpus": os.sysconf("SC_NPROCESSORS_ONLN")}),
+        ("disks", lambda: {"disks": probe_disks(root, arguments.get("paths") or [])}),
+        ("network", lambda: {"network": probe_network(root)}),
+        ("listening", lambda: {"listening": probe_listening(root)}),
+        ("pci", lambda: probe_pci(root)),
+        ("gpus", probe_nvidia_smi),
+        ("driver", lambda: {"driver": probe_driver(root)}),
+        ("infiniband", lambda: {"infiniband": probe_infiniband(root)}),
+        ("docker", lambda: {"docker": probe_docker(root)}),
+        ("cdi", lambda: {"cdi": probe_cdi(root)}),
+        ("deployment", lambda: {"deployment": probe_deployment(root)}),
+        ("reach", lambda: {"reach": probe_reach(arguments.get("reach") or [])}),
+    ]
+    for name, section in sections:
+        if only and name not in only:
+            continue
+        try:
+            facts.update(section())
+        except Exception as error:  # one unreadable section must not hide the others
+            facts["errors"][name] = "%s: %s" % (type(error).__name__, error)
+    facts["time_end"] = time.time()
+    return facts
+
+
+def read_arguments(argv):
+    """Return the options from the command line: a JSON object, or the path of a file that holds one."""
+    if len(argv) < 2:
+        return {}
+    if argv[1].lstrip().startswith("{"):
+        return json.loads(argv[1])
+    with open(argv[1], encoding="utf-8") as handle:  # Ansible's WANT_JSON convention
+        return json.load(handle)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"changed": False, "dsv3_facts": probe(read_arguments(sys.argv))}))

@@ -1,0 +1,228 @@
+"""The serving command and the launcher's files, rendered from settings.
+
+Everything here is pure: settings and a node's place in the replica in, the content of
+`/etc/deploy-dsv3/engine/{node,serve}.json` out. Roles only write the result to the host.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+LAUNCHER_SCHEMA = 1
+KEYS_FILE = "/etc/deploy-dsv3/engine/secrets/api_keys"
+
+# Settings of role `lmdeploy` with an option of their own; 0 and "" mean LMDeploy's default.
+_TYPED: Mapping[str, str] = {
+    "lmdeploy_session_len": "session-len",
+    "lmdeploy_max_batch_size": "max-batch-size",
+    "lmdeploy_cache_max_entry_count": "cache-max-entry-count",
+    "lmdeploy_max_prefill_token_num": "max-prefill-token-num",
+    "lmdeploy_log_level": "log-level",
+    "lmdeploy_eager_mode": "eager-mode",
+    "lmdeploy_trust_remote_code": "trust-remote-code",
+}
+# Options that follow from other settings or would break the promises, each with where it belongs.
+_RESERVED: Mapping[str, str] = {
+    "tp": "lmdeploy_tp",
+    "model-name": "lmdeploy_model_name",
+    "server-name": "endpoint_mode and endpoint_address",
+    "server-port": "lmdeploy_server_port",
+    "api-keys": "endpoint_api_keys (a key in an argument shows in the process list)",
+    "ssl": "endpoint_tls_certificate_path",
+    "backend": "nothing: DeepSeek-V3 runs on the pytorch engine only",
+    "distributed-executor-backend": "nothing: the launcher forms a Ray cluster",
+    "dp": "a later layout: this version serves tensor parallelism",
+    "ep": "a later layout: this version serves tensor parallelism",
+    "nnodes": "nothing: it has no effect on tensor parallelism over Ray",
+    "node-rank": "nothing: it has no effect on tensor parallelism over Ray",
+    "allow-terminate-by-client": "nothing: any client could stop the service",
+    **{typed: setting for setting, typed in _TYPED.items()},
+}
+
+Kind = Literal["flag", "value", "values"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of `lmdeploy serve api_server`, as LMDeploy's own parser declares it.
+
+    `name` without dashes; `kind` says how many values follow; `choices` is empty where any value goes;
+    `type` is the parser's own conversion (``int``, ``float``, ``str`` or another callable's name).
+    """
+
+    name: str
+    kind: Kind
+    type: str
+    choices: tuple[str, ...]
+
+
+@cache
+def known_options() -> Mapping[str, Option]:
+    """The options of the newest LMDeploy that this version knows, by name.
+
+    Source: LMDeploy's parser itself, recorded in `data/lmdeploy-options.json`; a contract test compares the two.
+    """
+    text = resources.files("deploy_dsv3").joinpath("data/lmdeploy-options.json").read_text(encoding="utf-8")
+    return {
+        entry["name"]: Option(
+            name=entry["name"], kind=entry["kind"], type=entry["type"], choices=tuple(entry["choices"])
+        )
+        for entry in json.loads(text)["options"]
+    }
+
+
+def check_options(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `lmdeploy_options`, a sentence for each mistake; empty when nothing is."""
+    problems = []
+    known = known_options()
+    for key, value in options.items():
+        name = str(key).lstrip("-").replace("_", "-")
+        if name in _RESERVED:
+            problems.append(f"{key}: set {_RESERVED[name]} instead")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{key}: LMDeploy has no option --{name}{hint}")
+        else:
+            problems += _check_value(known[name], key, value)
+    return problems
+
+
+def _check_value(option: Option, key: str, value: Any) -> list[str]:
+    if option.kind == "flag":
+        if not isinstance(value, bool):
+            return [f"{key}: --{option.name} is a flag and takes true or false, not {value!r}"]
+        return []
+    values = value if option.kind == "values" and isinstance(value, list) else [value]
+    problems = []
+    for one in values:
+        if isinstance(one, bool) or (isinstance(one, dict | list) and option.kind != "value") or one is None:
+            problems.append(f"{key}: --{option.name} takes a value, not {one!r}")
+        elif option.choices and str(one) not in option.choices:
+            problems.append(f"{key}: {one!r} is none of {', '.join(option.choices)}")
+        elif option.type == "int" and not re.fullmatch(r"-?[0-9]+", str(one)):
+            problems.append(f"{key}: --{option.name} takes a whole number, not {one!r}")
+        elif option.type == "float" and not _is_number(one):
+            problems.append(f"{key}: --{option.name} takes a number, not {one!r}")
+        elif "\n" in str(one):
+            problems.append(f"{key}: a value cannot hold a line break")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+def serve_argv(settings: Mapping[str, Any], *, tp: int) -> list[str]:
+    """The serving command of a replica: ``["lmdeploy", "serve", "api_server", MODEL, …]``.
+
+    `settings` holds every public setting by name. Keys are never part of it (see `serve_file`).
+    """
+    direct = settings["endpoint_mode"] == "direct"
+    argv = [
+        *("lmdeploy", "serve", "api_server", str(settings["model_weights_path"])),
+        *("--backend", "pytorch"),
+        # Even one GPU goes through Ray, so that a replica is one thing whatever its size.
+        *("--distributed-executor-backend", "ray"),
+        *("--tp", str(tp)),
+        *("--model-name", served_model(settings)),
+        *("--server-name", "0.0.0.0" if direct else "127.0.0.1"),
+        *("--server-port", str(settings["lmdeploy_server_port"])),
+    ]
+    for setting, option in _TYPED.items():
+        value = settings[setting]
+        if value is True:
+            argv.append(f"--{option}")
+        elif value not in (False, 0, ""):
+            argv += [f"--{option}", str(value)]
+    for key, value in settings["lmdeploy_options"].items():
+        argv += _render(str(key).lstrip("-").replace("_", "-"), value)
+    return argv
+
+
+def _render(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    if value is False:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *(str(one) for one in value)]
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}", str(value)]
+
+
+def served_model(settings: Mapping[str, Any]) -> str:
+    """The name that clients ask for."""
+    return str(settings["lmdeploy_model_name"] or settings["model_weights_name"])
+
+
+def serve_file(settings: Mapping[str, Any], *, tp: int) -> dict[str, Any]:
+    """Content of serve.json: the command, where it listens, and which file holds the keys (``""``: none)."""
+    direct = settings["endpoint_mode"] == "direct"
+    return {
+        "schema": LAUNCHER_SCHEMA,
+        "argv": serve_argv(settings, tp=tp),
+        "server": {"address": "127.0.0.1", "port": settings["lmdeploy_server_port"]},
+        "model_name": served_model(settings),
+        "api_keys_file": KEYS_FILE if direct and settings["endpoint_api_keys"] else "",
+    }
+
+
+_RAY_PORTS: Sequence[str] = (
+    "port",
+    "node_manager_port",
+    "object_manager_port",
+    "runtime_env_agent_port",
+    "dashboard_agent_grpc_port",
+    "dashboard_agent_listen_port",
+    "metrics_export_port",
+    "dashboard_port",
+    "client_server_port",
+    "min_worker_port",
+    "max_worker_port",
+)
+
+
+def node_file(
+    settings: Mapping[str, Any],
+    *,
+    replica: str,
+    role: str,
+    address: str,
+    head_address: str,
+    gpus: int,
+    expected: Mapping[str, int],
+) -> dict[str, Any]:
+    """Content of node.json: what the launcher of one host needs to know. Seconds and bytes throughout."""
+    return {
+        "schema": LAUNCHER_SCHEMA,
+        "replica": replica,
+        "role": role,
+        "node_address": address,
+        "head_address": head_address,
+        "ray": {
+            **{name: settings[f"ray_cluster_{name}"] for name in _RAY_PORTS},
+            "object_store_memory_bytes": settings["ray_cluster_object_store_memory_bytes"],
+            "num_gpus": gpus,
+        },
+        "expected": dict(expected),
+        "timeouts": {
+            "join_s": settings["ray_cluster_join_timeout_s"],
+            "load_s": settings["lmdeploy_load_timeout_s"],
+            "unhealthy_s": settings["engine_unhealthy_timeout_s"],
+            "canary_interval_s": settings["engine_canary_interval_s"],
+            "canary_timeout_s": settings["engine_canary_timeout_s"],
+        },
+    }
