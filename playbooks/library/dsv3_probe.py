@@ -31,7 +31,7 @@ description:
   - Changes nothing, in check mode or not. What cannot be read is reported, not fatal.
 options:
   paths:
-    description: Paths whose file systems are measured; the nearest existing parent stands in for a missing one.
+    description: Paths whose file systems are measured; a parent stands in for a missing one.
     type: list
     elements: str
     default: []
@@ -118,7 +118,7 @@ def key_values(text):
 def probe_os(root):
     """Return the operating system, its family, kernel and init."""
     release = key_values(read(root, "etc/os-release") or read(root, "usr/lib/os-release"))
-    like = [release.get("ID", "")] + release.get("ID_LIKE", "").split()
+    like = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
     family = "other"
     if "debian" in like or "ubuntu" in like:
         family = "Debian"
@@ -147,6 +147,19 @@ def secure_boot(root):
     return None
 
 
+def probe_connection(root):
+    """Return the address that SSH came in on: sudo drops it, a parent process still has it."""
+    pid = os.getpid()
+    while pid > 1:
+        environment = read(root, "proc", str(pid), "environ").split("\0")
+        found = [entry.split() for entry in environment if entry.startswith("SSH_CONNECTION=")]
+        if found and len(found[0]) == 4:
+            return {"server_address": found[0][2]}
+        # The name, in parentheses, may hold spaces; state and parent follow it.
+        pid = integer(read(root, "proc", str(pid), "stat").rpartition(")")[2].split()[1])
+    return {"server_address": ""}
+
+
 def probe_memory(root):
     """Return total and available memory in bytes."""
     sizes = {}
@@ -160,17 +173,18 @@ def probe_disks(root, paths):
     """Return size and free space of the file system that holds (or would hold) each path."""
     disks = []
     for path in paths:
-        existing = os.path.join(root, path.lstrip("/"))
-        while not os.path.exists(existing) and existing not in ("/", ""):
+        existing = path
+        while existing not in ("/", "") and not os.path.exists(os.path.join(root, existing.lstrip("/"))):
             existing = os.path.dirname(existing)
-        stat = os.statvfs(existing)
-        exists_path = "/" + os.path.relpath(existing, root) if root != "/" else existing
-        disks.append({
-            "path": path,
-            "exists_path": "/" if exists_path == "/." else exists_path,
-            "total_bytes": stat.f_frsize * stat.f_blocks,
-            "free_bytes": stat.f_frsize * stat.f_bavail,
-        })
+        stat = os.statvfs(os.path.join(root, existing.lstrip("/")))
+        disks.append(
+            {
+                "path": path,
+                "exists_path": existing,
+                "total_bytes": stat.f_frsize * stat.f_blocks,
+                "free_bytes": stat.f_frsize * stat.f_bavail,
+            }
+        )
     return disks
 
 
@@ -201,15 +215,17 @@ def probe_interfaces(root, addresses):
         directory = os.path.join(base, name)
         if not os.path.isdir(directory):  # /sys/class/net/bonding_masters is a file
             continue
-        interfaces.append({
-            "name": name,
-            "mac": read(directory, "address"),
-            "mtu": integer(read(directory, "mtu")),
-            "operstate": read(directory, "operstate"),
-            "kind": interface_kind(directory),
-            "speed_mbps": max(integer(read(directory, "speed")), 0),  # -1 when the link is down
-            "addresses": addresses.get(name, []),
-        })
+        interfaces.append(
+            {
+                "name": name,
+                "mac": read(directory, "address"),
+                "mtu": integer(read(directory, "mtu")),
+                "operstate": read(directory, "operstate"),
+                "kind": interface_kind(directory),
+                "speed_mbps": max(integer(read(directory, "speed")), 0),  # -1 when the link is down
+                "addresses": addresses.get(name, []),
+            }
+        )
     return interfaces
 
 
@@ -218,8 +234,9 @@ def ip_json(*arguments):
     command = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if command is None:
         return None
-    done = subprocess.run([command, "-j"] + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          timeout=5)
+    done = subprocess.run(
+        [command, "-j", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5
+    )
     try:
         return json.loads(done.stdout.decode() or "[]") if done.returncode == 0 else None
     except ValueError:
@@ -230,12 +247,25 @@ def addresses_from_ip(links):
     """Return addresses by interface name from the output of `ip -j addr`."""
     return {
         link["ifname"]: [
-            {"address": entry["local"], "prefix": entry["prefixlen"], "family": entry["family"],
-             "scope": entry.get("scope", "")}
-            for entry in link.get("addr_info", []) if "local" in entry
+            {
+                "address": entry["local"],
+                "prefix": entry["prefixlen"],
+                "family": entry["family"],
+                "scope": entry.get("scope", ""),
+            }
+            for entry in link.get("addr_info", [])
+            if "local" in entry
         ]
-        for link in links if "ifname" in link
+        for link in links
+        if "ifname" in link
     }
+
+
+def ipv4_scope(address):
+    """Return the scope that the kernel gives an IPv4 address."""
+    if address.startswith("127."):
+        return "host"
+    return "link" if address.startswith("169.254.") else "global"
 
 
 def addresses_from_kernel(root):
@@ -254,36 +284,40 @@ def addresses_from_kernel(root):
             except OSError:
                 continue
             prefix = bin(struct.unpack("!I", socket.inet_aton(mask))[0]).count("1")
-            scope = "host" if address.startswith("127.") else "link" if address.startswith("169.254.") else "global"
-            addresses[name] = [{"address": address, "prefix": prefix, "family": "inet", "scope": scope}]
+            addresses[name] = [
+                {"address": address, "prefix": prefix, "family": "inet", "scope": ipv4_scope(address)}
+            ]
     for line in read(root, "proc/net/if_inet6").splitlines():
         raw, _, prefix, scope, _, name = line.split()
-        addresses.setdefault(name, []).append({
-            "address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw)),
-            "prefix": int(prefix, 16),
-            "family": "inet6",
-            "scope": {"00": "global", "10": "host", "20": "link"}.get(scope, scope),
-        })
+        addresses.setdefault(name, []).append(
+            {
+                "address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw)),
+                "prefix": int(prefix, 16),
+                "family": "inet6",
+                "scope": {"00": "global", "10": "host", "20": "link"}.get(scope, scope),
+            }
+        )
     return addresses
 
 
-def routes_from_ip(routes):
-    """Return routes from the output of `ip -j route`."""
+def routes_from_ip(routes, default):
+    """Return routes from the output of `ip -j route`; `default` is the network of the default route."""
     return [
         {
-            "destination": "::/0" if ":" in route.get("gateway", "") and route["dst"] == "default"
-            else "0.0.0.0/0" if route["dst"] == "default" else route["dst"],
-            "interface": route.get("dev", ""),
+            "destination": default if route["dst"] == "default" else route["dst"],
+            "interface": route["dev"],
             "source": route.get("prefsrc", ""),
             "gateway": route.get("gateway", ""),
             "metric": route.get("metric", 0),
         }
-        for route in routes if "dst" in route and "dev" in route and route.get("type", "unicast") == "unicast"
+        for route in routes
+        if "dst" in route and "dev" in route and route.get("type", "unicast") == "unicast"
     ]
 
 
 def routes_from_kernel(root):
     """Return the IPv4 routes of /proc/net/route."""
+
     def dotted(word):
         return socket.inet_ntoa(struct.pack("=I", int(word, 16)))
 
@@ -293,26 +327,29 @@ def routes_from_kernel(root):
         if int(flags, 16) & 0x201 != 0x1:  # up, and not a rejecting route
             continue
         prefix = bin(int(mask, 16)).count("1")
-        routes.append({
-            "destination": "%s/%d" % (dotted(destination), prefix),
-            "interface": name,
-            "source": "",
-            "gateway": "" if gateway == "00000000" else dotted(gateway),
-            "metric": int(metric),
-        })
+        routes.append(
+            {
+                "destination": "%s/%d" % (dotted(destination), prefix),
+                "interface": name,
+                "source": "",
+                "gateway": "" if gateway == "00000000" else dotted(gateway),
+                "metric": int(metric),
+            }
+        )
     return routes
 
 
-def probe_network(root):
-    """Return interfaces with their addresses, and routes of the main table."""
-    links = ip_json("addr", "show") if root == "/" else None
-    routes = ip_json("route", "show") if root == "/" else None
-    routes6 = ip_json("-6", "route", "show") if root == "/" else None
+def probe_network(root, ask=ip_json):
+    """Return interfaces with their addresses, and routes of the main table.
+
+    `ask` runs iproute2 with the words given and returns its JSON, None when there is no such answer.
+    """
+    links, routes, routes6 = ask("addr", "show"), ask("route", "show"), ask("-6", "route", "show")
     addresses = addresses_from_kernel(root) if links is None else addresses_from_ip(links)
+    ipv4 = routes_from_kernel(root) if routes is None else routes_from_ip(routes, "0.0.0.0/0")
     return {
         "interfaces": probe_interfaces(root, addresses),
-        "routes": (routes_from_kernel(root) if routes is None else routes_from_ip(routes))
-        + routes_from_ip(routes6 or []),
+        "routes": ipv4 + routes_from_ip(routes6 or [], "::/0"),
     }
 
 
@@ -320,7 +357,7 @@ def socket_address(text):
     """Return (address, port) of a /proc/net/tcp or tcp6 local_address column."""
     raw, port = text.split(":")
     # Each 32-bit word is printed in host byte order.
-    packed = b"".join(struct.pack("=I", int(raw[i:i + 8], 16)) for i in range(0, len(raw), 8))
+    packed = b"".join(struct.pack("=I", int(raw[i : i + 8], 16)) for i in range(0, len(raw), 8))
     return socket.inet_ntop(socket.AF_INET6 if len(packed) == 16 else socket.AF_INET, packed), int(port, 16)
 
 
@@ -351,10 +388,11 @@ def socket_owners(root, inodes):
 def process_home(root, pid):
     """Return (container id, systemd unit) of a process from its control groups; "" for none."""
     lines = read(root, "proc", str(pid), "cgroup").splitlines()
-    # The unified hierarchy (0::) is what systemd and a current Docker use; older ones repeat it per controller.
-    paths = [line.split(":", 2)[2] for line in sorted(lines, key=lambda l: not l.startswith("0::")) if ":" in line]
+    # The unified hierarchy (0::) is what systemd and a current Docker use; older ones have several.
+    lines.sort(key=lambda line: not line.startswith("0::"))
     container = unit = ""
-    for path in paths:
+    for line in lines:
+        path = line.split(":", 2)[-1]
         container = container or (CONTAINER_ID.findall(path) or [""])[-1]
         units = [part for part in path.split("/") if part.endswith(".service")]
         unit = unit or (units[-1] if units else "")
@@ -374,14 +412,16 @@ def probe_listening(root):
     for (address, port), inode in found:
         pid = owners.get(inode, 0)
         container, unit = process_home(root, pid) if pid else ("", "")
-        listening.append({
-            "address": address,
-            "port": port,
-            "process": read(root, "proc", str(pid), "comm") if pid else "",
-            "pid": pid,
-            "container_id": container,
-            "unit": unit,
-        })
+        listening.append(
+            {
+                "address": address,
+                "port": port,
+                "process": read(root, "proc", str(pid), "comm") if pid else "",
+                "pid": pid,
+                "container_id": container,
+                "unit": unit,
+            }
+        )
     return sorted(listening, key=lambda entry: (entry["port"], entry["address"]))
 
 
@@ -409,8 +449,12 @@ def probe_nvidia_smi():
         return answer
     query = "index,name,uuid,memory.total,driver_version"
     try:
-        done = subprocess.run([path, "--query-gpu=" + query, "--format=csv,noheader,nounits"],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SMI_TIMEOUT_S)
+        done = subprocess.run(
+            [path, "--query-gpu=" + query, "--format=csv,noheader,nounits"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=NVIDIA_SMI_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         answer["nvidia_smi"]["error"] = "no answer within %d s" % NVIDIA_SMI_TIMEOUT_S
         return answer
@@ -422,13 +466,15 @@ def probe_nvidia_smi():
     for line in output.splitlines():
         columns = [column.strip() for column in line.split(",")]
         if len(columns) == 5:
-            answer["gpus"].append({
-                "index": integer(columns[0]),
-                "name": columns[1],
-                "uuid": columns[2],
-                "memory_total_mib": integer(columns[3]),
-                "driver_version": columns[4],
-            })
+            answer["gpus"].append(
+                {
+                    "index": integer(columns[0]),
+                    "name": columns[1],
+                    "uuid": columns[2],
+                    "memory_total_mib": integer(columns[3]),
+                    "driver_version": columns[4],
+                }
+            )
     return answer
 
 
@@ -453,12 +499,14 @@ def probe_port(base, device, port):
         gid = read(directory, "gids", index)
         if not gid.replace(":", "").strip("0"):
             continue  # an empty slot
-        gids.append({
-            "index": int(index),
-            "gid": gid,
-            "type": read(directory, "gid_attrs/types", index),
-            "ndev": read(directory, "gid_attrs/ndevs", index),
-        })
+        gids.append(
+            {
+                "index": int(index),
+                "gid": gid,
+                "type": read(directory, "gid_attrs/types", index),
+                "ndev": read(directory, "gid_attrs/ndevs", index),
+            }
+        )
     netdevs = {gid["ndev"] for gid in gids if gid["ndev"]}
     for name in entries(base, device, "device/net"):
         # Two ports of one PCI function tell their interfaces apart by dev_port.
@@ -486,7 +534,8 @@ def probe_infiniband(root):
         "devices": [name for name in entries(files) if not os.path.isdir(os.path.join(files, name))],
         "ports": [
             probe_port(base, device, port)
-            for device in entries(base) for port in entries(base, device, "ports")
+            for device in entries(base)
+            for port in entries(base, device, "ports")
         ],
     }
 
@@ -540,8 +589,13 @@ def probe_docker(root):
             os.path.exists(os.path.join(root, directory, "dockerd"))
             for directory in ("usr/bin", "usr/sbin", "usr/local/bin")
         ),
-        "version": "", "running": False, "root_dir": "", "error": "",
-        "daemon_json": settings, "daemon_json_error": error, "containers": [],
+        "version": "",
+        "running": False,
+        "root_dir": "",
+        "error": "",
+        "daemon_json": settings,
+        "daemon_json_error": error,
+        "containers": [],
     }
     if not os.path.exists(path):
         return answer
@@ -555,15 +609,17 @@ def probe_docker(root):
             if labels.get(MANAGED_LABEL) == "true":
                 state = docker_get(path, "/containers/%s/json" % entry["Id"])["State"]
                 started = state.get("StartedAt", "")
-            answer["containers"].append({
-                "name": (entry.get("Names") or ["/"])[0].lstrip("/"),
-                "id": entry["Id"],
-                "image": entry.get("Image", ""),
-                "image_id": entry.get("ImageID", ""),
-                "labels": labels,
-                "state": entry.get("State", ""),
-                "started_at": started,
-            })
+            answer["containers"].append(
+                {
+                    "name": (entry.get("Names") or ["/"])[0].lstrip("/"),
+                    "id": entry["Id"],
+                    "image": entry.get("Image", ""),
+                    "image_id": entry.get("ImageID", ""),
+                    "labels": labels,
+                    "state": entry.get("State", ""),
+                    "started_at": started,
+                }
+            )
     except (OSError, ValueError, KeyError) as problem:
         answer["error"] = "%s: %s" % (path, problem)
     return answer
@@ -573,8 +629,11 @@ def probe_cdi(root):
     """Return the CDI specifications that a container engine would read."""
     specs = []
     for directory in ("etc/cdi", "var/run/cdi"):
-        specs += ["/%s/%s" % (directory, name) for name in entries(root, directory)
-                  if name.endswith((".json", ".yaml", ".yml"))]
+        specs += [
+            "/%s/%s" % (directory, name)
+            for name in entries(root, directory)
+            if name.endswith((".json", ".yaml", ".yml"))
+        ]
     return {"specs": specs}
 
 
@@ -590,7 +649,13 @@ def probe_deployment(root):
 def connect(target, results, position):
     """Try one TCP connection and store its outcome at `position` of `results`."""
     address, port = str(target["address"]), int(target["port"])
-    outcome = {"host": target.get("host", ""), "address": address, "port": port, "reachable": True, "error": ""}
+    outcome = {
+        "host": target.get("host", ""),
+        "address": address,
+        "port": port,
+        "reachable": True,
+        "error": "",
+    }
     source = (str(target["source"]), 0) if target.get("source") else None
     try:
         socket.create_connection((address, port), REACH_TIMEOUT_S, source).close()
@@ -605,8 +670,10 @@ def connect(target, results, position):
 def probe_reach(targets):
     """Return for each target whether its host answers, all tried at the same time."""
     results = [None] * len(targets)
-    threads = [threading.Thread(target=connect, args=(target, results, position))
-               for position, target in enumerate(targets)]
+    threads = [
+        threading.Thread(target=connect, args=(target, results, position))
+        for position, target in enumerate(targets)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -614,10 +681,10 @@ def probe_reach(targets):
     return [result for result in results if result is not None]
 
 
-def probe(arguments, root="/"):
+def probe(arguments, root="/", ask=ip_json):
     """Return the facts of this host.
 
-    `arguments` are the module's options; `root` is the directory that stands for "/".
+    `arguments` are the module's options; `root` is the directory that stands for "/"; `ask` as `probe_network`.
     """
     only = arguments.get("only") or []
     facts = {
@@ -631,10 +698,11 @@ def probe(arguments, root="/"):
     }
     sections = [
         ("os", lambda: {"os": probe_os(root)}),
+        ("connection", lambda: {"connection": probe_connection(root)}),
         ("memory", lambda: {"memory": probe_memory(root)}),
         ("cpus", lambda: {"cpus": os.sysconf("SC_NPROCESSORS_ONLN")}),
         ("disks", lambda: {"disks": probe_disks(root, arguments.get("paths") or [])}),
-        ("network", lambda: {"network": probe_network(root)}),
+        ("network", lambda: {"network": probe_network(root, ask)}),
         ("listening", lambda: {"listening": probe_listening(root)}),
         ("pci", lambda: probe_pci(root)),
         ("gpus", probe_nvidia_smi),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deploy_dsv3.findings import Finding
+from .findings import Finding
 
 SCHEMA = 1
 
@@ -42,6 +42,14 @@ class User(Section):
     """The user that ran the probe."""
 
     uid: int = Field(-1, description="Effective user ID; 0 is root")
+
+
+class Connection(Section):
+    """How the controller reached the host."""
+
+    server_address: str = Field(
+        "", description="Address of the host that SSH came in on, empty for other connections"
+    )
 
 
 class Memory(Section):
@@ -86,7 +94,9 @@ class Interface(Section):
 class Route(Section):
     """One route of the main table."""
 
-    destination: str = Field(description="Network in CIDR notation; the default route is `0.0.0.0/0` or `::/0`")
+    destination: str = Field(
+        description="Network in CIDR notation; the default route is `0.0.0.0/0` or `::/0`"
+    )
     interface: str = Field("", description="Outgoing interface")
     source: str = Field("", description="Preferred source address, if the route names one")
     gateway: str = Field("", description="Next hop, empty on a connected network")
@@ -195,7 +205,9 @@ class Docker(Section):
     running: bool = Field(False, description="Whether it answers on its socket")
     root_dir: str = Field("", description="Data directory in use")
     error: str = Field("", description="What asking it ended with, empty when it went well")
-    daemon_json: dict[str, Any] | None = Field(None, description="Content of daemon.json, null without the file")
+    daemon_json: dict[str, Any] | None = Field(
+        None, description="Content of daemon.json, null without the file"
+    )
     daemon_json_error: str = Field("", description="Why daemon.json could not be read")
     containers: tuple[Container, ...] = Field((), description="All containers")
 
@@ -224,7 +236,7 @@ class Reach(Section):
 
 
 class Clock(Section):
-    """Bounds of the host's clock minus the controller's, from a round trip's times; added by the controller."""
+    """Bounds of the host's clock minus the controller's; the controller adds them."""
 
     offset_low: float = Field(description="The host is at least this much ahead [seconds]")
     offset_high: float = Field(description="The host is at most this much ahead [seconds]")
@@ -239,9 +251,12 @@ class HostFacts(Section):
     hostname: str = Field("", description="Host's own name")
     machine_id: str = Field("", description="/etc/machine-id")
     boot_id: str = Field("", description="Kernel's boot ID")
-    errors: dict[str, str] = Field(default_factory=dict, description="Why a section could not be read, by section")
+    errors: dict[str, str] = Field(
+        default_factory=dict, description="Why a section could not be read, by section"
+    )
     os: OperatingSystem = Field(default_factory=OperatingSystem, description="Operating system")
     user: User = Field(default_factory=User, description="User of the probe")
+    connection: Connection = Field(default_factory=Connection, description="Connection")
     memory: Memory = Field(default_factory=Memory, description="Main memory")
     cpus: int = Field(0, description="Online CPUs")
     disks: tuple[Disk, ...] = Field((), description="File systems of the paths asked for")

@@ -1,4 +1,4 @@
-"""The endpoint's configuration, rendered as Ansible renders it and run by a real HAProxy in front of a small engine."""
+"""The endpoint's configuration, rendered as Ansible renders it and run by a real HAProxy."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def haproxy() -> str:
 
 
 def render(folder: Path, template: str = "etc/deploy-dsv3/endpoint/haproxy.cfg.j2", **settings: Any) -> str:
-    """The text of one of the role's templates with the role's defaults, `settings` and a folder of the test's own."""
+    """The text of one of the role's templates, from its defaults, `settings` and the test's folder."""
     variables: dict[str, Any] = {
         "ansible_managed": "Managed by a test",
         "dsv3_node": {"address": "127.0.0.1", "replica": "dsv3"},
@@ -220,8 +220,9 @@ def test_inference_routes_reach_the_engine(engine: Engine, start: Start) -> None
 @pytest.mark.parametrize(
     "path",
     [
-        "/", "/docs", "/sleep", "/terminate", "/update_weights", "/distserve/engine_info", "/generate", "/v1/encode",
-        "/v1/models/../../sleep", "//sleep", "/v1/models/", "/V1/models", "/v1%2Fmodels", "/health/x",
+        "/", "/docs", "/sleep", "/terminate", "/update_weights", "/distserve/engine_info", "/generate",
+        "/v1/encode", "/v1/models/../../sleep", "//sleep", "/v1/models/", "/V1/models", "/v1%2Fmodels",
+        "/health/x",
     ],
 )  # fmt: skip
 def test_every_other_route_is_404(engine: Engine, start: Start, path: str) -> None:
@@ -317,12 +318,9 @@ def test_an_engine_that_does_not_listen_is_503_in_its_own_shape(start: Start) ->
 @pytest.mark.parametrize("key_apart", [True, False], ids=["key apart", "key with the certificate"])
 def test_tls(engine: Engine, start: Start, tmp_path: Path, key_apart: bool) -> None:
     certificate, key = tmp_path / "tls.crt", tmp_path / "tls.crt.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-subj", "/CN=dsv3.example", "-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-    )
+    subject = ["-subj", "/CN=dsv3.example", "-keyout", key, "-out", certificate]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    subprocess.run(["openssl", "req", "-x509", "-nodes", *curve, *subject], check=True, capture_output=True)
     if not key_apart:
         certificate.write_text(certificate.read_text() + key.read_text())
         key.unlink()

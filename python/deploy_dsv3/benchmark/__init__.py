@@ -1,4 +1,4 @@
-"""Measure the deployed service the way the upstream guide does, and set the figures beside the published ones.
+"""Measure the deployed service as the upstream guide does, and set the figures beside the published ones.
 
 The parts, from data to page: `profiles` (which rows), `workload` (what each request asks for), `client` (the
 load generator), `figures` (upstream's formulas), `runs` (the folder that survives a kill), `worker` (the

@@ -36,6 +36,8 @@ _FILES_APART = 64
 # A read takes what has arrived, up to this; events of one stream are small.
 _READ_BUFFER_BYTES = 1 << 16
 _PROBE_TIMEOUT_S = 30.0
+# Until Python 3.11, which the engine's image may not have, asyncio's timeout is a class of its own.
+_NETWORK_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,12 @@ class Timeline:
             self._halve()
         while place >= len(self.events):
             still_open = self.open[-1] if self.open else 0
-            for series, value in ((self.events, 0), (self.completed, 0), (self.failed, 0), (self.open, still_open)):
+            for series, value in (
+                (self.events, 0),
+                (self.completed, 0),
+                (self.failed, 0),
+                (self.open, still_open),
+            ):
                 series.append(value)
         return place
 
@@ -113,7 +120,7 @@ class RowRun:
     outcomes: list[Outcome] = field(default_factory=list)
     """Finished requests, in the order they ended."""
     itls: array[float] = field(default_factory=lambda: array("f"))
-    """Inter-token latencies of all requests that succeeded [s]; one array, as there can be tens of millions."""
+    """Inter-token latencies of successful requests [s]; one array, as there can be tens of millions."""
     timeline: Timeline = field(default_factory=Timeline)
     in_flight: int = 0
     tokens_done: int = 0
@@ -190,15 +197,16 @@ class Client:
                 f"{url}: the certificate is not trusted ({error.certificate_error})",
                 remedy="Name the CA that signed it: --ca-file FILE.",
             ) from error
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except _NETWORK_ERRORS as error:
             raise UnreachableError(
                 f"{url}: {_reason(error)}; nothing was measured",
                 remedy="The port opens only after the weights are loaded: see `deploy-dsv3 status`. "
                 "Then check address, port and firewall.",
             ) from error
         if answer.status in (401, 403):
+            fault = "wrong" if self._endpoint.api_key else "missing"
             raise UsageError(
-                f"{url}: HTTP {answer.status}, the API key is {'wrong' if self._endpoint.api_key else 'missing'}",
+                f"{url}: HTTP {answer.status}, the API key is {fault}",
                 remedy="Give one of endpoint_api_keys: --api-key-file FILE, or the inventory that sets it.",
             )
         if answer.status != 200:
@@ -275,7 +283,9 @@ class Client:
             if outcome.error:
                 failures_in_a_row += 1
                 if failures_in_a_row >= _FAILURES_MEANING_GONE:
-                    run.gone = run.gone or f"the last {failures_in_a_row} requests all failed: {outcome.error}"
+                    run.gone = (
+                        run.gone or f"the last {failures_in_a_row} requests all failed: {outcome.error}"
+                    )
                     stop.set()
             else:
                 failures_in_a_row = 0
@@ -294,12 +304,7 @@ class Client:
                 if stop.is_set():
                     break
                 tasks.add(asyncio.create_task(one(request)))
-            ended = asyncio.create_task(stop.wait())
-            everything = asyncio.gather(*tasks)
-            await asyncio.wait({ended, everything}, return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
-            if everything.done():
-                everything.result()
+            await _first_of(stop, tasks)
             run.duration = time.perf_counter() - begun
         finally:
             for task in tasks:
@@ -329,7 +334,7 @@ class Client:
                     await self._read(answer, outcome, timeline, started, begun)
                 else:
                     outcome.error = f"HTTP {answer.status} {_first_line(await answer.text())}".strip()
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except _NETWORK_ERRORS as error:
             outcome.error = _reason(error)
         finally:
             run.in_flight -= 1
@@ -339,7 +344,12 @@ class Client:
         return outcome
 
     async def _read(
-        self, answer: aiohttp.ClientResponse, outcome: Outcome, timeline: Timeline, started: float, begun: float
+        self,
+        answer: aiohttp.ClientResponse,
+        outcome: Outcome,
+        timeline: Timeline,
+        started: float,
+        begun: float,
     ) -> None:
         # The loop that decides how much load one core can make: one clock read and one bin per read of the
         # socket, and the common event costs one JSON parse.
@@ -377,7 +387,8 @@ class Client:
                         outcome.counted_prompt_tokens = usage.get("prompt_tokens")
                         outcome.counted_output_tokens = usage.get("completion_tokens")
                 except (ValueError, AttributeError, TypeError, KeyError):
-                    outcome.error = f"not an event of a completion stream: {_first_line(payload.decode('utf-8', 'replace'))}"
+                    shown = _first_line(payload.decode("utf-8", "replace"))
+                    outcome.error = f"not an event of a completion stream: {shown}"
                     return
                 if "error" in event:
                     outcome.error = f"the stream broke off: {_error_text(event['error'])}"
@@ -389,6 +400,20 @@ class Client:
             outcome.error = "the stream ended without [DONE]"
 
 
+async def _first_of(stop: asyncio.Event, tasks: set[asyncio.Task[None]]) -> None:
+    """Wait until all tasks have ended or the event is set; a task's exception is raised here."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        waiting: set[asyncio.Task[Any]] = set(tasks)
+        while waiting and not stop.is_set():
+            ended, _ = await asyncio.wait({stopped, *waiting}, return_when=asyncio.FIRST_EXCEPTION)
+            for task in ended & waiting:
+                task.result()
+            waiting -= ended
+    finally:
+        stopped.cancel()
+
+
 def _tls(endpoint: Endpoint) -> ssl.SSLContext | bool:
     if not endpoint.ca_file:
         return True
@@ -396,7 +421,8 @@ def _tls(endpoint: Endpoint) -> ssl.SSLContext | bool:
         return ssl.create_default_context(cafile=endpoint.ca_file)
     except OSError as error:
         raise UsageError(
-            f"CA file {endpoint.ca_file}: {error.strerror or error}", remedy="Give a PEM file of certificates."
+            f"CA file {endpoint.ca_file}: {error.strerror or error}",
+            remedy="Give a PEM file of certificates.",
         ) from error
 
 

@@ -61,7 +61,7 @@ class Plan:
     range_ratio: float = 0.0
     """A request's length is uniform in max(1, length * ratio)..length, both ends included."""
     lengths: str = "current"
-    """`current`: upstream's rule today. `guide`: the rule of LMDeploy 0.7, see `workload.random_lengths`."""
+    """`current`: upstream's rule today; `guide`: its rule when the guide was written, see `workload`."""
     dataset: str = "random"
     """`random` or `sharegpt`, upstream's names."""
     dataset_path: str = ""

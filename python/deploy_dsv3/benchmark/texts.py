@@ -16,7 +16,7 @@ def load_sharegpt(path: Path) -> list[tuple[str, str]]:
     The file is ShareGPT's: a JSON list of `{"conversations": [{"value": str}, ...]}`.
 
     Raises:
-        UsageError: the file cannot be read, is not JSON or holds an entry of another form (named by its place).
+        UsageError: the file cannot be read, is not JSON, or an entry (named by its place) has another form.
     """
     remedy = "Give ShareGPT_V3_unfiltered_cleaned_split.json, or leave --dataset-path out for synthetic text."
     try:
@@ -38,7 +38,8 @@ def load_sharegpt(path: Path) -> list[tuple[str, str]]:
                 pairs.append((prompt, completion))
         except (KeyError, TypeError, IndexError) as error:
             raise UsageError(
-                f"dataset {path}, entry {place}: not a conversation ({type(error).__name__}: {error})", remedy=remedy
+                f"dataset {path}, entry {place}: not a conversation ({type(error).__name__}: {error})",
+                remedy=remedy,
             ) from error
     return pairs
 
@@ -94,7 +95,9 @@ def _leading_token(tokenizer: Any, config_file: Path) -> int | None:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{config_file} is not JSON: {error}", remedy="Compare it with the model's own.") from error
+        raise UsageError(
+            f"{config_file} is not JSON: {error}", remedy="Compare it with the model's own."
+        ) from error
     if not config.get("add_bos_token"):
         return None
     token = config.get("bos_token")

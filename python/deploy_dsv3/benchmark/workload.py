@@ -7,6 +7,7 @@ Everything here is a function of the plan and the seed. Lengths, texts and arriv
 
 from __future__ import annotations
 
+import pkgutil
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,20 +26,8 @@ _SHAREGPT_MAX_PROMPT_TOKENS = 1024
 _SHAREGPT_MAX_TOTAL_TOKENS = 2048
 
 # Synthetic text without a tokenizer: in the vocabularies of current models (DeepSeek-V3's among them) each of
-# these is one token with the space before it, so N words make a prompt of N tokens, give or take the first.
-_WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they "
-    "which one you were all her she there would their we him been has when who will no more if out so up said "
-    "what its about than into them can only other time new some could these two may first then do any like my "
-    "now over such our man me even most made after also did many off before must well back through years much "
-    "where your way down should because long each just state those people too how little good world make very "
-    "year still see own work men day get here old life both between being under three never know same last "
-    "another while us might great go come since against right came take used himself few house use place during "
-    "high without again home around small however found part school once general say public always water number "
-    "system course war end fact head far night hand set want thing both group order power given book point line "
-    "city business program question order name form need light open field change study result table model white "
-    "local body second real whole area level court south north cost plan age job land view music data test"
-).split()
+# these is one token with the space before it, so N words make a prompt of N tokens and its first token.
+_WORDS = (pkgutil.get_data(__package__, "words.txt") or b"").decode().split()
 
 
 class Tokenizer(Protocol):
@@ -86,8 +75,8 @@ def random_lengths(
 ) -> Lengths:
     """`num` lengths, uniform in max(lowest, full_len * range_ratio)..full_len, both ends included.
 
-    Upstream's `compute_random_lens`: `lowest` is 1 for prompts, and for outputs since LMDeploy 0.8. Up to 0.7,
-    the version of the guide, outputs began at 0.
+    Upstream's `compute_random_lens`: `lowest` is 1 for prompts, and for outputs since LMDeploy 0.12;
+    before, and so for the guide, outputs began at 0.
     """
     return rng.randint(max(int(full_len * range_ratio), lowest), full_len + 1, size=num)
 
@@ -165,9 +154,7 @@ def _random_prompts(
         yield tokenizer.decode((ids * -(-wanted // len(ids)))[:wanted])
 
 
-def _synthetic_prompts(
-    rng: random.Random, lengths: Lengths, tokenizer: Tokenizer | None
-) -> Iterator[str]:
+def _synthetic_prompts(rng: random.Random, lengths: Lengths, tokenizer: Tokenizer | None) -> Iterator[str]:
     for wanted in lengths.tolist():
         text = " " + " ".join(rng.choices(_WORDS, k=wanted))
         if tokenizer is not None:

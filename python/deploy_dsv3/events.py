@@ -1,0 +1,569 @@
+"""Turns ansible-runner's raw events into typed records, and a stream of records into the outcome of a run.
+
+A stage is the part before the colon of a play's name (``"ray: form the cluster"``). What a failure *means* is worked
+out here: its message, the first host and task it happened on (with ``any_errors_fatal`` Ansible stops the other hosts
+as well: those are echoes), the likely cause, the remedy, and the exit code.
+"""
+
+from __future__ import annotations
+
+import re
+import time as clock
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from deploy_dsv3.findings import Finding
+
+#: Stages of a deployment in their order; `verify` runs after the playbook, in Python.
+STAGES = ("preflight", "host", "image", "weights", "container", "ray", "engine", "first-token", "verify")
+
+#: Key of a result that carries findings of ours (preflight's action plugin).
+FINDINGS_KEY = "dsv3_findings"
+#: Key of ``ansible.builtin.set_stats`` under which a playbook hands results to the report.
+REPORT_KEY = "dsv3_report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records; `time` is seconds since the epoch, `stage` the play's stage."""
+
+    time: float
+    stage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStarted(Record):
+    """A play began; several plays may belong to one stage."""
+
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStarted(Record):
+    """A task or handler began, on all hosts of its play (on one, with the ``free`` strategy)."""
+
+    task: str
+    role: str = ""
+    handler: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRecord(Record):
+    """Base of what happens to one task on one host."""
+
+    host: str
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostStarted(HostRecord):
+    """A host began a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOk(HostRecord):
+    """A task succeeded and changed nothing."""
+
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostChanged(HostOk):
+    """A task succeeded and changed something (would change it, in check mode)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostSkipped(HostRecord):
+    """A task did not apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRetried(HostRecord):
+    """A task with ``until`` is tried again."""
+
+    attempt: int
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a host failed.
+
+    Attributes:
+        host, stage, task, role: where.
+        code: stable name of the cause, e.g. ``sudo-password-wrong``; ``task-failed`` if it is none of the known ones.
+        message: what was found, the module's own words.
+        cause: the likely cause, in a sentence; empty if unknown.
+        remedy: what to do; empty if unknown.
+        unreachable: whether the host could not be reached or logged into.
+        findings: all findings of ours in the result.
+    """
+
+    host: str
+    stage: str
+    task: str
+    role: str = ""
+    code: str = "task-failed"
+    message: str
+    cause: str = ""
+    remedy: str = ""
+    unreachable: bool = False
+    findings: tuple[Finding, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The failure for ``--json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFailed(HostRecord):
+    """A task failed; `ignored` if the playbook goes on regardless."""
+
+    failure: Failure
+    ignored: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostUnreachable(HostRecord):
+    """A host could not be reached."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(Record):
+    """A warning of Ansible's."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostStats:
+    """Counts of tasks on one host, as in Ansible's recap."""
+
+    ok: int = 0
+    changed: int = 0
+    failed: int = 0
+    unreachable: int = 0
+    skipped: int = 0
+    rescued: int = 0
+    ignored: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Record):
+    """The playbook ended; `report` is what it handed over with ``set_stats``."""
+
+    hosts: Mapping[str, HostStats]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cause:
+    code: str
+    pattern: re.Pattern[str]
+    cause: str
+    remedy: str
+    unreachable: bool = False
+
+
+def _known(code: str, pattern: str, cause: str, remedy: str, *, unreachable: bool = False) -> _Cause:
+    return _Cause(
+        code=code, pattern=re.compile(pattern, re.I | re.S), cause=cause, remedy=remedy, unreachable=unreachable
+    )
+
+
+# The words are those of OpenSSH's client, sudo, and ansible-core's ssh and sudo plugins; the first match wins.
+_CAUSES: Sequence[_Cause] = (
+    _known(
+        "ssh-host-key-changed",
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "the host presents another SSH key than the one known for it: it was reinstalled, its address went to another "
+        "machine, or somebody is in between",
+        "Ask whoever runs the host. If the change is right: ssh-keygen -R HOST, then ssh-keyscan it again.",
+        unreachable=True,
+    ),
+    _known(
+        "ssh-host-key-unknown",
+        r"Host key verification failed|host key is known for|authenticity of host",
+        "this machine has never seen the host's SSH key",
+        "Log in once by hand (ssh HOST) and compare the key, or add it: ssh-keyscan HOST >> ~/.ssh/known_hosts",
+        unreachable=True,
+    ),
+    _known(
+        "dns",
+        r"Could not resolve hostname|Name or service not known|Temporary failure in name resolution",
+        "the host's name has no address",
+        "Correct the name, or set ansible_host to the address.",
+        unreachable=True,
+    ),
+    _known(
+        "ssh-authentication",
+        r"Permission denied \(|Invalid/incorrect password|Too many authentication failures|no such identity",
+        "the host refuses the login: wrong user, or the host does not have this key",
+        "Check ansible_user and ansible_ssh_private_key_file; `ssh USER@HOST true` must work without a question.",
+        unreachable=True,
+    ),
+    _known(
+        "ssh-refused",
+        r"Connection refused",
+        "the host answers, and no SSH server listens on that port",
+        "Start sshd there, or set ansible_port.",
+        unreachable=True,
+    ),
+    _known(
+        "ssh-timeout",
+        r"Connection timed out|Operation timed out|No route to host|Network is unreachable|banner exchange|"
+        r"timed out waiting for",
+        "nothing answers at the host's address: it is off, or the network or a firewall is in the way",
+        "Check that the host is up, and that this machine can reach it (ping, ssh).",
+        unreachable=True,
+    ),
+    _known(
+        "ssh-dropped",
+        r"Connection (closed|reset) by|Shared connection to \S+ closed|Broken pipe|closed by remote host",
+        "the connection broke while it was in use",
+        "Run again. If it happens again, look at the host's sshd and at the network.",
+        unreachable=True,
+    ),
+    _known(
+        "sudo-password-wrong",
+        r"Incorrect (sudo|su) password|Sorry, try again|incorrect password attempt",
+        "sudo refuses the password",
+        "Give the right one: --ask-become-pass, --become-password-file, or ansible_become_password in a vault.",
+        unreachable=True,
+    ),
+    _known(
+        "sudo-password-missing",
+        r"Missing (sudo|su) password|a password is required|a terminal is required to read the password",
+        "sudo asks for a password and none was given",
+        "Give it: --ask-become-pass, --become-password-file, or ansible_become_password in a vault.",
+        unreachable=True,
+    ),
+    _known(
+        "sudo-denied",
+        r"is not in the sudoers file|is not allowed to (run|execute)|may not run sudo",
+        "the user may not use sudo on the host",
+        "Add the user to the host's sudoers, or set ansible_user to one that may.",
+        unreachable=True,
+    ),
+    _known(
+        "sudo-no-answer",
+        r"waiting for privilege escalation prompt|Timeout \(\d+s\) waiting for privilege",
+        "sudo does not answer: the host is overloaded, its name resolution hangs, or sudo asks something unusual",
+        "Try `sudo -k true` on the host; set ansible_become_timeout if it is only slow.",
+        unreachable=True,
+    ),
+    _known(
+        "sudo-not-there",
+        r"sudo: (command )?not found|sudo: No such file",
+        "the host has no sudo",
+        "Install sudo on the host, or log in as root (ansible_user=root).",
+        unreachable=True,
+    ),
+    _known(
+        "python-not-there",
+        r"interpreter '?\S+'? was not found|python3?: (command )?not found|No python interpreters found",
+        "the host has no Python 3, which Ansible needs there",
+        "Install python3 on the host, or set ansible_python_interpreter.",
+    ),
+    _known(
+        "disk-full",
+        r"No space left on device|Disk quota exceeded",
+        "a file system of the host is full",
+        "Free space (df -h, docker system df) and run again.",
+    ),
+    _known(
+        "package-lock",
+        r"Could not get lock /var/lib/(dpkg|apt)|Unable to acquire the dpkg frontend lock",
+        "another package manager runs on the host, often its unattended upgrades",
+        "Wait until it is done, or stop it, and run again.",
+    ),
+)
+
+
+def diagnose(text: str) -> tuple[str, str, str, bool] | None:
+    """The known cause of an error text.
+
+    Args:
+        text: message, stderr and stdout of a failed connection or module.
+
+    Returns:
+        ``(code, cause, remedy, unreachable)``, or None if it is none of the known ones.
+    """
+    for known in _CAUSES:
+        if known.pattern.search(text):
+            return known.code, known.cause, known.remedy, known.unreachable
+    return None
+
+
+class Translator:
+    """Turns raw events, in their order, into records."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def translate(self, event: Mapping[str, Any]) -> Iterator[Record]:
+        """Yield the records of one raw event of ansible-runner; none for those that say nothing."""
+        data = event.get("event_data") or {}
+        time = _time(event)
+        kind = event.get("event")
+        if kind == "playbook_on_play_start":
+            name = str(data.get("name", ""))
+            stage, found, title = name.partition(":")
+            self._stage = stage.strip() if found else ""
+            yield StageStarted(time=time, stage=self._stage, title=(title if found else name).strip())
+        elif kind == "playbook_on_task_start":
+            yield TaskStarted(
+                time=time,
+                stage=self._stage,
+                task=_task(data),
+                role=str(data.get("role") or ""),
+                handler=bool(data.get("is_conditional")),
+            )
+        elif kind == "playbook_on_stats":
+            yield _finished(time, data)
+        elif kind in ("warning", "system_warning"):
+            message = _warning(str(event.get("stdout", "")))
+            if message:
+                yield Warned(time=time, stage=self._stage, message=message)
+        elif data.get("host"):
+            yield from self._host_event(kind, time, data)
+
+    def _host_event(self, kind: Any, time: float, data: Mapping[str, Any]) -> Iterator[Record]:
+        common = {"time": time, "stage": self._stage, "host": str(data["host"]), "task": _task(data)}
+        result = data.get("res") or {}
+        if kind == "runner_on_start":
+            yield HostStarted(**common)
+        elif kind == "runner_on_ok":
+            record = HostChanged if result.get("changed") else HostOk
+            yield record(**common, findings=_findings(result, common["host"]))
+        elif kind == "runner_on_skipped":
+            yield HostSkipped(**common)
+        elif kind == "runner_retry":
+            yield HostRetried(
+                **common, attempt=int(result.get("attempts", 0)), attempts=int(result.get("retries", 0))
+            )
+        elif kind in ("runner_on_failed", "runner_on_async_failed"):
+            yield HostFailed(
+                **common,
+                failure=self._failure(data, result, unreachable=False),
+                ignored=bool(data.get("ignore_errors")),
+            )
+        elif kind == "runner_on_unreachable":
+            yield HostUnreachable(**common, failure=self._failure(data, result, unreachable=True))
+
+    def _failure(self, data: Mapping[str, Any], result: Mapping[str, Any], *, unreachable: bool) -> Failure:
+        host = str(data["host"])
+        findings = _findings(result, host)
+        message = failure_message(result)
+        failure = Failure(
+            host=host,
+            stage=self._stage,
+            task=_task(data),
+            role=str(data.get("role") or ""),
+            code="unreachable" if unreachable else "task-failed",
+            message=message,
+            unreachable=unreachable,
+            findings=findings,
+        )
+        known = diagnose(f"{message}\n{result.get('module_stderr', '')}\n{result.get('module_stdout', '')}")
+        # A module that failed for its own reasons may quote such words too (a registry that refuses connections):
+        # unless Ansible says unreachable, only what becoming root says about itself counts as not reached.
+        if known and (unreachable or not known[3] or known[0].startswith("sudo-")):
+            code, cause, remedy, not_reached = known
+            return replace(
+                failure,
+                code=code,
+                cause=cause,
+                remedy=remedy.replace("HOST", host) if "HOST" in remedy else remedy,
+                unreachable=unreachable or not_reached,
+            )
+        own = [finding for finding in findings if finding.severity == "error"]
+        if own:
+            return replace(failure, code=own[0].code, cause=own[0].cause, remedy=own[0].remedy)
+        return failure
+
+
+def failure_message(result: Mapping[str, Any]) -> str:
+    """The most telling words of a module's failed result."""
+    if "censored" in result:
+        return "the task failed; its output is hidden because it handles secrets"
+    parts: list[str] = []
+    items = [item for item in result.get("results") or [] if isinstance(item, Mapping) and item.get("failed")]
+    message = _text(result.get("msg"))
+    if items and (not message or message.startswith("One or more items failed") or message == "All items completed"):
+        for item in items:
+            label = item.get("_ansible_item_label", item.get("item", ""))
+            parts.append(f"{_text(label)}: {failure_message(item)}" if label else failure_message(item))
+        return "\n".join(parts)
+    if message:
+        parts.append(message)
+    # "MODULE FAILURE", "non-zero return code": the words that matter are elsewhere.
+    if not message or re.match(r"(MODULE FAILURE|non-zero return code|Module result deserialization failed)", message):
+        for key in ("stderr", "module_stderr", "stdout", "module_stdout"):
+            text = _text(result.get(key))
+            if text:
+                parts.append(_tail(text))
+                break
+    return "\n".join(parts) or "the task failed and said nothing"
+
+
+@dataclass
+class Outcome:
+    """What a run came to, gathered from its records.
+
+    Attributes:
+        failures: failures that ended a host, in the order they happened.
+        warnings: findings of severity ``warning`` and warnings of Ansible's, each once.
+        stages: seconds spent in each stage, in order.
+        hosts: the recap; empty if the playbook never ended.
+        report: what the playbook handed over.
+    """
+
+    failures: list[Failure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    hosts: dict[str, HostStats] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    _open: tuple[str, float] | None = None
+    _rescued: list[Failure] = field(default_factory=list)
+
+    def add(self, record: Record) -> None:
+        """Take one record into account."""
+        match record:
+            case StageStarted():
+                self._switch(record.stage or record.title, record.time)
+            case HostStarted():
+                # Ansible runs nothing more on a failed host: what runs again was rescued.
+                for failure in [f for f in self.failures if f.host == record.host]:
+                    self.failures.remove(failure)
+                    self._rescued.append(failure)
+            case HostFailed(ignored=False) | HostUnreachable():
+                self.failures.append(record.failure)
+                self._note(record.failure.findings)
+            case HostOk():
+                self._note(record.findings)
+            case Warned():
+                if record.message not in self.warnings:
+                    self.warnings.append(record.message)
+            case Finished():
+                self._switch("", record.time)
+                self.finished = True
+                self.hosts = dict(record.hosts)
+                self.report = dict(record.report)
+                self._settle()
+
+    @property
+    def first(self) -> Failure | None:
+        """The failure that the run is judged by."""
+        return self.failures[0] if self.failures else None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the code of the first failure: 6 unreachable, 3 preflight, 5 verify, 4 any other stage."""
+        first = self.first
+        if first is None:
+            return 0
+        if first.unreachable:
+            return 6
+        return {"preflight": 3, "verify": 5}.get(first.stage, 4)
+
+    def _switch(self, stage: str, time: float) -> None:
+        if self._open:
+            name, since = self._open
+            self.stages[name] = self.stages.get(name, 0.0) + max(0.0, time - since)
+        self._open = (stage, time) if stage else None
+
+    def _note(self, findings: Sequence[Finding]) -> None:
+        self.findings.extend(finding for finding in findings if finding not in self.findings)
+
+    def _settle(self) -> None:
+        """Keep the failures of hosts that the recap calls failed; a host may have failed after being rescued."""
+        failed = {host for host, stats in self.hosts.items() if stats.failed or stats.unreachable}
+        self.failures = [failure for failure in self.failures if failure.host in failed]
+        for host in failed - {failure.host for failure in self.failures}:
+            last = [failure for failure in self._rescued if failure.host == host][-1:]
+            self.failures.extend(last)
+
+
+def _time(event: Mapping[str, Any]) -> float:
+    try:
+        return datetime.fromisoformat(str(event["created"])).timestamp()
+    except (KeyError, ValueError):
+        return clock.time()
+
+
+def _task(data: Mapping[str, Any]) -> str:
+    name = str(data.get("task") or data.get("name") or "")
+    role = str(data.get("role") or "")
+    return name.removeprefix(f"{role} : ") if role else name
+
+
+def _findings(result: Mapping[str, Any], host: str) -> tuple[Finding, ...]:
+    raw = result.get(FINDINGS_KEY)
+    if not isinstance(raw, list):
+        return ()
+    return tuple(
+        Finding(
+            code=str(item.get("code", "")),
+            host=str(item.get("host") or host),
+            severity="warning" if item.get("severity") == "warning" else "error",
+            message=str(item.get("message", "")),
+            cause=str(item.get("cause", "")),
+            remedy=str(item.get("remedy", "")),
+        )
+        for item in raw
+        if isinstance(item, Mapping)
+    )
+
+
+def _finished(time: float, data: Mapping[str, Any]) -> Finished:
+    columns = {
+        "ok": "ok",
+        "changed": "changed",
+        "failed": "failures",
+        "unreachable": "dark",
+        "skipped": "skipped",
+        "rescued": "rescued",
+        "ignored": "ignored",
+    }
+
+    def count(column: str, host: str) -> int:
+        values = data.get(column)
+        return int(values.get(host, 0)) if isinstance(values, Mapping) else 0
+
+    processed = data.get("processed")
+    hosts = processed if isinstance(processed, Mapping) else {}
+    artifacts = data.get("artifact_data")
+    report = artifacts.get(REPORT_KEY) if isinstance(artifacts, Mapping) else None
+    return Finished(
+        time=time,
+        hosts={host: HostStats(**{name: count(column, host) for name, column in columns.items()}) for host in hosts},
+        report=report if isinstance(report, Mapping) else {},
+    )
+
+
+def _warning(stdout: str) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stdout).strip()
+    text = " ".join(text.removeprefix("[WARNING]:").split())
+    # Both say only that a group of the convention is not used by this inventory.
+    if text.startswith(("Could not match supplied host pattern", "No inventory was parsed", "provided hosts list")):
+        return ""
+    return text
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list):
+        return "\n".join(_text(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def _tail(text: str, lines: int = 20) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

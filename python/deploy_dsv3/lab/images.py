@@ -1,0 +1,156 @@
+"""The images of the lab's containers.
+
+* ``debian``: a minimal Debian made by debootstrap from the machine's own mirror (or pulled, where a registry can be
+  reached and no mirror is known); the slow one. The stand-in engine's image is built on it too.
+* ``host``: `debian` with a user, sshd's settings and the simulated kernel: what a bare server looks like.
+* ``services``: `debian` with a registry and the tools of a package repository.
+
+Every image's tag carries a fingerprint of what went into it, so a changed input makes a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import machine, outer_engine, shell
+from .docker_cli import DockerCli, File, tree
+from .errors import LabError
+from .paths import FILES, LabPaths
+
+#: What a Debian server carries that a minimal debootstrap lacks; nothing of ours or of Docker.
+_SERVER_PACKAGES = (
+    "ca-certificates dbus iproute2 iputils-ping kmod openssh-server procps python3 sudo systemd systemd-sysv".split()
+)
+_SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent")
+_PULLED = "debian:{suite}"
+
+#: The administrator of a lab host: an ordinary user with sudo.
+ADMIN_USER, ADMIN_UID = "ops", 1000
+
+_HOST_SCRIPT = f"""
+for tool in modprobe lsmod modinfo; do
+    dpkg-divert --quiet --local --rename --divert /usr/sbin/$tool.distrib --add /usr/sbin/$tool
+    ln -s /usr/lib/dsv3-lab/kernel.py /usr/sbin/$tool
+done
+ln -s /usr/lib/dsv3-lab/kernel.py /usr/sbin/update-initramfs
+useradd --uid {ADMIN_UID} --create-home --shell /bin/bash {ADMIN_USER}
+rm -f /etc/ssh/ssh_host_* /etc/machine-id /var/lib/dbus/machine-id
+systemctl --quiet enable ssh.service
+systemctl --quiet mask getty.target console-getty.service apt-daily.timer apt-daily-upgrade.timer
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Tags of the images of a lab."""
+
+    debian: str
+    host: str
+    services: str
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """Twelve characters that change when any part does."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()[:12]
+
+
+def _of_files(files: dict[str, File]) -> Iterable[bytes]:
+    for path, file in sorted(files.items()):
+        yield path.encode() + b"\0" + file.content
+
+
+def exists(docker: DockerCli, tag: str) -> bool:
+    """Whether the engine holds this image."""
+    return docker.inspect("image", tag) is not None
+
+
+def debian(docker: DockerCli, paths: LabPaths, suite: str, mirror: str = "") -> str:
+    """Have the base image of a Debian release; returns its tag. About a minute the first time."""
+    tag = f"dsv3-lab/debian:{suite}-{fingerprint(*_SERVER_PACKAGES, 'v1')}"
+    if exists(docker, tag):
+        return tag
+    try:
+        found = machine.apt_mirror(mirror)
+    except LabError:
+        if docker.run("pull", _PULLED.format(suite=suite), check=False).returncode != 0:
+            raise
+        packages = " ".join(_SERVER_PACKAGES)
+        script = f"apt-get -q update; apt-get -qy --no-install-recommends install {packages}; apt-get clean"
+        docker.extend(_PULLED.format(suite=suite), tag, script, _trust())
+        return tag
+    _debootstrap(docker, paths, suite, tag, found)
+    return tag
+
+
+def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirror: machine.AptMirror) -> None:
+    if shell.which("debootstrap") is None:
+        outer_engine.install(["debootstrap"])
+    paths.cache.mkdir(parents=True, exist_ok=True)
+    log = paths.cache / "debootstrap.log"
+    log.unlink(missing_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="debootstrap-", dir=paths.cache))
+    root = work / "root"
+    try:
+        shell.run(
+            shell.as_root(
+                [
+                    shell.which("debootstrap") or "debootstrap",
+                    "--variant=minbase",
+                    f"--include={','.join(_SERVER_PACKAGES)}",
+                    suite,
+                    str(root),
+                    mirror.archive,
+                ]
+            ),
+            log=log,
+        )
+        pack = f"rm -rf {root}/var/cache/apt/archives/*.deb {root}/var/lib/apt/lists/*; tar -C {root} -cf {work}/root.tar ."
+        shell.run(shell.as_root(["sh", "-euc", pack]))
+        docker.run("import", "--change", 'CMD ["/bin/bash"]', str(work / "root.tar"), f"{tag}-bare")
+        files = {
+            "/etc/apt/sources.list": File(content=mirror.sources(suite).encode()),
+            "/etc/apt/apt.conf.d/90mirror": File(content=mirror.configuration().encode()),
+            **_trust(),
+        }
+        docker.extend(f"{tag}-bare", tag, ":", files, ['CMD ["/bin/bash"]'])
+        docker.run("rmi", f"{tag}-bare")
+    finally:
+        shell.run(shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _trust() -> dict[str, File]:
+    """The machine's trusted CAs: a mirror may stand behind a private one."""
+    bundle = machine.ca_bundle()
+    return {"/etc/ssl/certs/ca-certificates.crt": File(content=bundle.read_bytes())} if bundle else {}
+
+
+def host(docker: DockerCli, base: str) -> str:
+    """Have the image of a bare server; returns its tag."""
+    files = tree(FILES / "host")
+    tag = f"dsv3-lab/host:{fingerprint(base, _HOST_SCRIPT, *_of_files(files))}"
+    if not exists(docker, tag):
+        docker.extend(base, tag, _HOST_SCRIPT, files, ['CMD ["/usr/lib/dsv3-lab/kernel.py", "boot"]'])
+    return tag
+
+
+def services(docker: DockerCli, base: str) -> str:
+    """Have the image of the lab's services; returns its tag."""
+    script = (
+        "export DEBIAN_FRONTEND=noninteractive; apt-get -q update; "
+        f"apt-get -qy --no-install-recommends install {' '.join(_SERVICES_PACKAGES)}; "
+        "apt-get clean; rm -rf /var/lib/apt/lists/*"
+    )
+    tag = f"dsv3-lab/services:{fingerprint(base, script)}"
+    if not exists(docker, tag):
+        docker.extend(base, tag, script, {})
+    return tag

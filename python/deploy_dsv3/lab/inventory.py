@@ -1,0 +1,103 @@
+"""The inventory of a lab: what an operator would write for a site with mirrors of its own.
+
+Only variables that a real site could set as well; nothing says "lab" to a role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hosts
+
+_HOSTS = """\
+# Written by `deploy-dsv3 lab up`; `lab up` writes it again. A SIMULATION: the GPUs of these hosts do not exist.
+[dsv3_head]
+{head}
+
+[dsv3_workers]
+{workers}
+"""
+
+_ALL = """\
+# Written by `deploy-dsv3 lab up`; `lab up` writes it again.
+
+# How to log in: an ordinary user with sudo; host keys are checked.
+ansible_user: {user}
+ansible_ssh_private_key_file: {key}
+ansible_ssh_common_args: >-
+  -o UserKnownHostsFile={known_hosts} -o StrictHostKeyChecking=yes -o IdentitiesOnly=yes
+{become}
+# Mirrors of this site: the vendor's packages (simulated ones) and Docker Hub.
+nvidia_driver_repository_url: {packages}/nvidia/{distribution}/x86_64/
+nvidia_driver_repository_key_url: {packages}/nvidia/{distribution}/x86_64/archive-key.asc
+nvidia_container_toolkit_repository_url: {packages}/libnvidia-container/stable/deb/amd64/
+nvidia_container_toolkit_repository_key_url: {packages}/libnvidia-container/gpgkey
+docker_engine_registry_mirrors: ["http://{registry}"]
+docker_engine_insecure_registries: ["{registry}"]
+
+model_weights_path: {model}
+
+# Hosts much smaller than the real ones.
+preflight_min_memory_gib: 2
+preflight_min_disk_gib: 5
+ray_cluster_object_store_memory_bytes: 268435456
+{limits}"""
+
+_LIMITS = """\
+
+# This machine may not raise limits (no CAP_SYS_RESOURCE), so memlock is left as it is.
+engine_ulimits: ["stack:67108864:67108864"]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What the inventory says about a lab.
+
+    Attributes:
+        key, known_hosts: files of the lab's SSH identity.
+        password_file: holds the sudo password; none where sudo asks for none.
+        can_raise_limits: whether the hosts may raise resource limits.
+    """
+
+    hosts: Sequence[hosts.HostRecord]
+    key: Path
+    known_hosts: Path
+    packages_url: str
+    registry: str
+    distribution: str
+    can_raise_limits: bool
+    password_file: Path | None = None
+
+
+def render(site: Site) -> dict[str, str]:
+    """File name in the inventory directory to content."""
+    lines = [f"{host.name} ansible_host={host.address}" for host in site.hosts]
+    become = ""
+    if site.password_file:
+        become = f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
+    return {
+        "hosts.ini": _HOSTS.format(head=lines[0], workers="\n".join(lines[1:])).rstrip() + "\n",
+        "group_vars/all.yml": _ALL.format(
+            user=hosts.ADMIN_USER,
+            key=site.key,
+            known_hosts=site.known_hosts,
+            become=become,
+            packages=site.packages_url,
+            distribution=site.distribution,
+            registry=site.registry,
+            model=hosts.MODEL_PATH,
+            limits="" if site.can_raise_limits else _LIMITS,
+        ),
+    }
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    """Write the inventory directory; a file that says the same already is left alone."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text() != content:
+            path.write_text(content)

@@ -1,0 +1,266 @@
+"""The Docker engine that holds the lab's containers: one that is there, or a private one that the lab starts.
+
+A running engine is used when it can carry hosts (same kernel, root, a storage that nests). Otherwise the lab starts
+a dockerd of its own, with its own data, sockets and log, beside anything else; only that one is ever stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from . import machine, shell
+from .docker_cli import DockerCli
+from .errors import LabError
+from .paths import LabPaths
+
+Choice = Literal["auto", "running", "private"]
+
+#: The private engine's default network (builds use it), of the range that test networks may take (RFC 2544).
+_BRIDGE = "dsv3lab0"
+_BRIDGE_ADDRESS = "198.19.0.1/24"
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 40.0
+_POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+class OuterEngine(Protocol):
+    """A Docker engine for the lab's containers."""
+
+    @property
+    def docker(self) -> DockerCli:
+        """How to speak to it."""
+
+    def describe(self) -> str:
+        """A few words for the operator."""
+
+    def ensure(self) -> None:
+        """Have it running."""
+
+    def stop(self) -> None:
+        """Stop it, if the lab started it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningEngine:
+    """An engine that somebody else runs."""
+
+    host: str
+
+    @property
+    def docker(self) -> DockerCli:
+        return DockerCli(host=self.host)
+
+    def describe(self) -> str:
+        return f"the running Docker engine at {self.host}"
+
+    def ensure(self) -> None:
+        if self.docker.info() is None:
+            raise LabError(
+                f"the Docker engine at {self.host} that carries the lab does not answer any more",
+                remedy="Start it again, or `deploy-dsv3 lab down` and `lab up --engine private`.",
+            )
+
+    def stop(self) -> None:
+        """Not ours to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateEngine:
+    """A dockerd that the lab starts and stops."""
+
+    paths: LabPaths
+
+    @property
+    def socket(self) -> Path:
+        return self.paths.runtime / "docker.sock"
+
+    @property
+    def log(self) -> Path:
+        return self.paths.state / "dockerd.log"
+
+    @property
+    def docker(self) -> DockerCli:
+        return DockerCli(host=f"unix://{self.socket}")
+
+    def describe(self) -> str:
+        return "a private Docker engine"
+
+    def command(self) -> list[str]:
+        """How it is started."""
+        return [
+            shell.which("dockerd") or "dockerd",
+            f"--data-root={self.paths.cache / 'docker'}",
+            f"--exec-root={self.paths.runtime / 'exec'}",
+            f"--pidfile={self.paths.runtime / 'docker.pid'}",
+            f"--host=unix://{self.socket}",
+            f"--group={os.getgid()}",
+            f"--bridge={_BRIDGE}",  # docker0 may be another engine's
+            "--storage-driver=overlay2",
+        ]
+
+    def pid(self) -> int | None:
+        """The process, if it runs and is really this engine."""
+        pidfile = self.paths.runtime / "docker.pid"
+        try:
+            pid = int(pidfile.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return None
+        return pid if f"--pidfile={pidfile}".encode() in command else None
+
+    def ensure(self) -> None:
+        if self.pid() and self.docker.info():
+            return
+        install_docker()
+        for folder in (self.paths.state, self.paths.cache / "docker"):
+            folder.mkdir(parents=True, exist_ok=True)
+        shell.run(shell.as_root(["mkdir", "--parents", str(self.paths.runtime)]))
+        if not Path("/sys/class/net", _BRIDGE).exists():
+            shell.run(shell.as_root(["ip", "link", "add", _BRIDGE, "type", "bridge"]))
+            shell.run(shell.as_root(["ip", "address", "add", _BRIDGE_ADDRESS, "dev", _BRIDGE]))
+            shell.run(shell.as_root(["ip", "link", "set", _BRIDGE, "up"]))
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                shell.as_root(self.command()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in the terminal is not meant for it
+            )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while self.docker.info() is None:
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])
+                raise LabError(
+                    f"the private Docker engine did not start:\n{tail}",
+                    remedy=f"Its log is {self.log}. The lab needs root or sudo, overlayfs and iptables.",
+                )
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        pid = self.pid()
+        if pid is None:
+            return
+        shell.run(shell.as_root(["kill", f"-{signal.SIGTERM.value}", str(pid)]))
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while self.pid() is not None:
+            if time.monotonic() > deadline:
+                raise LabError(
+                    f"the private Docker engine (process {pid}) does not end",
+                    remedy=f"Look at {self.log}; then end the process yourself and run `lab down` again.",
+                )
+            time.sleep(0.1)
+        # What dockerd leaves behind.
+        shell.run(shell.as_root(["ip", "link", "delete", _BRIDGE]), check=False)
+        shell.run(shell.as_root(["rm", "--recursive", "--force", str(self.paths.runtime)]))
+
+
+def choose(paths: LabPaths, choice: Choice = "auto") -> OuterEngine:
+    """The engine that carries the labs of `paths`; the same one as before while it has labs.
+
+    Raises:
+        LabError: `running` was asked for and no engine can do it.
+    """
+    remembered = recall(paths)
+    if remembered is not None:
+        return remembered
+    host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    info = DockerCli(host=host).info() if choice != "private" else None
+    refusal = refuse(host, info) if choice != "private" else "not asked for"
+    if not refusal:
+        return RunningEngine(host=host)
+    if choice == "running":
+        raise LabError(f"the Docker engine at {host} cannot carry the lab: {refusal}", remedy="Use --engine private.")
+    return PrivateEngine(paths=paths)
+
+
+def refuse(host: str, info: dict[str, Any] | None) -> str:
+    """Why an engine cannot carry hosts with systemd and a Docker of their own; empty if it can.
+
+    Args:
+        info: answer of ``docker info``, None if there was none.
+    """
+    if info is None:
+        return "no engine answers"
+    if not host.startswith("unix://"):
+        return "it is on another machine"
+    if info.get("OSType") != "linux" or info.get("KernelVersion") != machine.kernel_release():
+        return "it runs on another kernel than this command (a virtual machine)"
+    if any("rootless" in option or "userns" in option for option in info.get("SecurityOptions") or []):
+        return "it runs without root or with remapped users"
+    backing = dict(info.get("DriverStatus") or []).get("Backing Filesystem", "")
+    if backing in ("overlayfs", "aufs"):
+        return f"its storage is on {backing}, which cannot carry a Docker inside"
+    return ""
+
+
+def remember(paths: LabPaths, engine: OuterEngine) -> None:
+    """Record which engine carries the labs."""
+    paths.state.mkdir(parents=True, exist_ok=True)
+    record = asdict(engine) if isinstance(engine, RunningEngine) else {"private": True}
+    (paths.state / "engine.json").write_text(json.dumps(record) + "\n")
+
+
+def recall(paths: LabPaths) -> OuterEngine | None:
+    """The engine recorded for these labs, if any."""
+    record = paths.state / "engine.json"
+    if not record.is_file():
+        return None
+    fields = json.loads(record.read_text())
+    return PrivateEngine(paths=paths) if fields.get("private") else RunningEngine(host=fields["host"])
+
+
+def forget(paths: LabPaths) -> None:
+    """Drop the record: no lab is left."""
+    (paths.state / "engine.json").unlink(missing_ok=True)
+
+
+def install_docker() -> None:
+    """Have dockerd, its client and iptables installed on this machine; installs what is missing from its own mirror.
+
+    Raises:
+        LabError: they cannot be installed.
+    """
+    missing = [
+        package
+        for command, package in (("dockerd", "docker.io"), ("docker", "docker.io"), ("iptables", "iptables"))
+        if shell.which(command) is None
+    ]
+    install(missing)
+
+
+def install(packages: list[str]) -> None:
+    """apt-get install, without starting services."""
+    if not packages:
+        return
+    if shell.which("apt-get") is None:
+        raise LabError(
+            f"{', '.join(sorted(set(packages)))} is not installed", remedy="Install it with the packages of this machine."
+        )
+    with _no_service_starts():
+        environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
+        apt = [*environment, "apt-get", "--quiet", "--yes", "--no-install-recommends"]
+        shell.run(shell.as_root([*environment, "apt-get", "--quiet", "update"]))
+        shell.run(shell.as_root([*apt, "install", *sorted(set(packages))]))
+
+
+@contextlib.contextmanager
+def _no_service_starts() -> Iterator[None]:
+    # Debian's way to say that a package's service is not to be started on installation.
+    if _POLICY.exists():
+        yield
+        return
+    shell.run(shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n")
+    try:
+        yield
+    finally:
+        shell.run(shell.as_root(["rm", "--force", str(_POLICY)]))

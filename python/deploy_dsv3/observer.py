@@ -1,0 +1,283 @@
+"""What runs on a host, read in one pass: the other half of `deploy_dsv3.observation`, which sends it there.
+
+It changes nothing. Python 3.9 and its standard library are enough. The facts of the host come from the probe,
+whose source comes along; what is added here is what only a deployed host has: the engine's container, the files
+of the deployment, the cluster as Ray shows it from this host, and whether a secret shows where it must not.
+
+A section that cannot be read is left out and says why in ``errors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = "/etc/deploy-dsv3"
+STATE = "/var/lib/deploy-dsv3/state"
+DOCKER_SOCKET = "/var/run/docker.sock"
+UNITS = ("docker.service", "dsv3-endpoint.service")
+COMMANDS = ("nvidia-smi", "nvidia-ctk", "dockerd")
+# Drivers handed into virtual machines live in the last one.
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin"
+COMMAND_TIMEOUT_S = 45
+HEALTH_TIMEOUT_S = 15
+# The end of a log is where a leak of the running engine would be; all of it can be gigabytes.
+LOG_LINES = 5000
+MAX_SPEC_BYTES = 1 << 20
+
+
+def run(argv: list[str], timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, Any]:
+    """Outcome of a command: ``{"rc", "out", "err"}``; rc -1 where it could not run, or not in time."""
+    environment = {**os.environ, "PATH": SEARCH_PATH, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=timeout_s, env=environment, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"rc": -1, "out": "", "err": str(error)}
+    return {
+        "rc": done.returncode,
+        "out": done.stdout.decode(errors="replace"),
+        "err": done.stderr.decode(errors="replace")[-2000:],
+    }
+
+
+def run_together(commands: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Outcomes by name of commands that run at the same time; as `run`."""
+    running = {}
+    outcomes = {}
+    for name, argv in commands.items():
+        try:
+            running[name] = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as error:
+            outcomes[name] = {"rc": -1, "out": "", "err": str(error)}
+    deadline = time.monotonic() + COMMAND_TIMEOUT_S
+    for name, process in running.items():
+        try:
+            out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            outcome = {"rc": process.returncode, "out": out.decode(errors="replace")}
+            outcomes[name] = {**outcome, "err": err.decode(errors="replace")[-2000:]}
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            outcomes[name] = {"rc": -1, "out": "", "err": f"no answer within {COMMAND_TIMEOUT_S} s"}
+    return outcomes
+
+
+def container(probe: types.ModuleType, name: str) -> dict[str, Any]:
+    """The engine's container and image as Docker shows them: ``{"inspect", "image"}``, None where absent."""
+    known = probe.docker_get(DOCKER_SOCKET, "/containers/json?all=1")
+    if not any(f"/{name}" in (entry.get("Names") or ()) for entry in known):
+        return {"inspect": None, "image": None}
+    inspect = probe.docker_get(DOCKER_SOCKET, f"/containers/{name}/json")
+    image = probe.docker_get(DOCKER_SOCKET, f"/images/{inspect['Image']}/json")
+    return {
+        "inspect": inspect,
+        "image": {key: image.get(key) for key in ("Id", "RepoDigests", "RepoTags", "Size")},
+    }
+
+
+def inside(name: str, config: str) -> dict[str, dict[str, Any]]:
+    """What the container says of itself: its GPUs, the nodes that Ray shows it, and ``ray status``."""
+    execute = ["docker", "exec", name]
+    return run_together(
+        {
+            "gpus": [*execute, "nvidia-smi", "-L"],
+            "nodes": [*execute, "python3", f"{config}/engine/launcher.py", "nodes"],
+            "ray_status": [*execute, "ray", "status"],
+        }
+    )
+
+
+def units() -> dict[str, dict[str, str]]:
+    """State of the services that belong to a deployment: ``{"docker.service": {"active", "enabled"}}``."""
+    shown = run(["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *UNITS])
+    found = {}
+    for block in shown["out"].split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if values.get("Id"):
+            found[values["Id"]] = {
+                "active": values.get("ActiveState", ""),
+                "enabled": values.get("UnitFileState", ""),
+            }
+    return found
+
+
+def commands() -> dict[str, dict[str, str]]:
+    """The commands a node needs and whose they are: ``{"dockerd": {"path", "package"}}``; "" for none."""
+    found = {}
+    for name in COMMANDS:
+        path = shutil.which(name, path=SEARCH_PATH) or ""
+        package = ""
+        if path and shutil.which("dpkg-query"):
+            # A package may own the name before /bin and /usr/bin became one, or the target of a link.
+            for candidate in dict.fromkeys((path, os.path.realpath(path), path.replace("/usr/", "/", 1))):
+                owner = run(["dpkg-query", "--search", candidate])
+                if owner["rc"] == 0:
+                    package = owner["out"].split(":")[0]
+                    break
+        elif path and shutil.which("rpm"):
+            owner = run(["rpm", "-qf", "--queryformat", "%{NAME}", path])
+            package = owner["out"] if owner["rc"] == 0 else ""
+        found[name] = {"path": path, "package": package}
+    return found
+
+
+def files(folders: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Every file below the folders: ``{path: {"mode": "0600", "uid", "gid", "kind", "sha256"}}``."""
+    found = {}
+    for top in map(Path, folders):
+        for path in [top, *top.rglob("*")] if top.exists() else []:
+            status = path.lstat()
+            kind = {stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}.get(stat.S_IFMT(status.st_mode), "file")
+            found[str(path)] = {
+                "mode": f"{stat.S_IMODE(status.st_mode):04o}",
+                "uid": status.st_uid,
+                "gid": status.st_gid,
+                "kind": kind,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if kind == "file" else "",
+            }
+    return found
+
+
+def documents(config: str, state: str) -> dict[str, Any]:
+    """The JSON files of a deployment by name: None for one that is absent, an ``error`` for a broken one."""
+    paths = {
+        "node": f"{config}/engine/node.json",
+        "serve": f"{config}/engine/serve.json",
+        "release": f"{config}/release.json",
+        "status": f"{state}/status.json",
+    }
+    found: dict[str, Any] = {}
+    for name, path in paths.items():
+        try:
+            found[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found[name] = None
+        except ValueError as error:
+            found[name] = {"error": f"{path}: {error}"}
+    return found
+
+
+def health(serve: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The engine's own answer to /health on this host: ``{"status", "body"}``, status 0 for no answer.
+
+    None on a host that serves nothing.
+    """
+    if not serve or "server" not in serve:
+        return None
+    url = "http://{address}:{port}/health".format(**serve["server"])
+    # Proxy variables of the host must not come between a host and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=HEALTH_TIMEOUT_S) as answer:
+            return {"status": answer.status, "body": answer.read(4096).decode(errors="replace")}
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, "body": error.read(4096).decode(errors="replace")}
+    except OSError as error:
+        return {"status": 0, "body": str(error)}
+
+
+def secrets(config: str) -> dict[str, bytes]:
+    """The secrets that this host keeps, by a name that is safe to print."""
+    found = {}
+    for path in [*Path(config, "engine/secrets").glob("*"), Path(config, "endpoint/api_keys")]:
+        if path.is_file():
+            for number, line in enumerate(path.read_bytes().split(), 1):
+                found[f"{path.name}, line {number}"] = line
+    return found
+
+
+def leaks(config: str, name: str, inspect: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Where a secret of this host shows to others: ``[{"secret", "place"}]``, never the secret itself."""
+    kept = secrets(config)
+    if not kept:
+        return []
+    places: dict[str, bytes] = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            places[f"arguments of process {path.parent.name}"] = path.read_bytes()
+        except OSError:
+            continue  # the process has ended meanwhile
+    if inspect:
+        places[f"docker inspect {name}"] = json.dumps(inspect).encode()
+        logs = run(["docker", "logs", "--tail", str(LOG_LINES), name])
+        places[f"docker logs {name}"] = (logs["out"] + logs["err"]).encode()
+    if shutil.which("journalctl"):
+        journal = run(["journalctl", "--unit=dsv3-endpoint.service", f"--lines={LOG_LINES}", "--output=cat"])
+        places["journal of dsv3-endpoint.service"] = journal["out"].encode()
+    for path in [
+        *Path(config).glob("*.json"),
+        *Path(config, "engine").glob("*"),
+        *Path(config, "endpoint").glob("*"),
+    ]:
+        if path.is_file() and path.name != "api_keys":
+            places[str(path)] = path.read_bytes()
+    return [
+        {"secret": secret, "place": place}
+        for secret, value in kept.items()
+        for place, content in places.items()
+        if value in content
+    ]
+
+
+def cdi_spec(path: str) -> str:
+    """Text of the specification that names the GPUs for containers; "" where there is none."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(MAX_SPEC_BYTES)
+    except FileNotFoundError:
+        return ""
+
+
+def observe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything about this host that status and verification look at.
+
+    Args:
+        request: ``container`` (its name), ``probe`` (source of the probe), ``cdi_spec_path``, and ``deep``:
+            whether to read also what takes seconds (the cluster as seen from inside the container, packages,
+            leaks). ``config`` and ``state`` are the deployment's folders where they are not the usual ones.
+    """
+    config, state = request.get("config", CONFIG), request.get("state", STATE)
+    probe = types.ModuleType("dsv3_probe")
+    exec(request["probe"], probe.__dict__)
+    seen: dict[str, Any] = {"schema": 1, "errors": {}}
+
+    def read(section: str, reader: Callable[[], Any]) -> None:
+        try:
+            seen[section] = reader()
+        except Exception as error:  # one unreadable section must not hide the others
+            seen["errors"][section] = f"{type(error).__name__}: {error}"
+
+    only = [] if request["deep"] else ["os", "gpus", "driver", "docker"]
+    read("facts", lambda: probe.probe({"only": only}))
+    if seen.get("facts", {}).get("docker", {}).get("running"):
+        read("container", lambda: container(probe, request["container"]))
+    else:
+        seen["container"] = {"inspect": None, "image": None}
+    read("documents", lambda: documents(config, state))
+    read("health", lambda: health(seen.get("documents", {}).get("serve")))
+    read("units", units)
+    if request["deep"]:
+        inspect = seen.get("container", {}).get("inspect")
+        if inspect and inspect["State"]["Running"]:
+            read("inside", lambda: inside(request["container"], config))
+        read("commands", commands)
+        read("files", lambda: files([config, state]))
+        read("leaks", lambda: leaks(config, request["container"], inspect))
+        read("cdi_spec", lambda: cdi_spec(request["cdi_spec_path"]))
+    return seen
+
+
+if __name__ == "__main__":
+    print(json.dumps(observe(json.load(sys.stdin))))
