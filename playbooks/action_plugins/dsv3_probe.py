@@ -10,13 +10,13 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 
-from deploy_dsv3 import content, hostvars
+from deploy_dsv3 import clock, content, hostvars
+from deploy_dsv3.facts import Clock
 
-# A wider interval than this is worth another round trip: half of the usual limit between two clocks
-# [seconds].
+# Wider bounds than this are worth another round trip: half of the usual limit between two clocks [seconds].
 GOOD_CLOCK_S = 0.5
 CLOCK_TRIES = 2
-# Interpreters to look for where none is configured; the second is the system's on the Red Hat family.
+# Where no interpreter is configured; the second is the system's own on the Red Hat family.
 INTERPRETERS = "python3 /usr/libexec/platform-python"
 
 
@@ -39,45 +39,42 @@ class ActionModule(ActionBase):
                 "only": {"type": "list", "elements": "str", "default": []},
             }
         )
+        arguments = hostvars.plain(arguments)
         host = variables["inventory_hostname"]
         if not arguments["only"] and not arguments["paths"]:
-            arguments["paths"] = self._paths(host, variables)
+            arguments["paths"] = _paths(host, variables)
+        facts, measured = self._probe(host, arguments, variables)
+        known = hostvars.plain(hostvars.fact(variables, "dsv3_facts") or {})
+        if known.get("clock"):
+            measured = clock.narrow(Clock(**known["clock"]), measured)
+        for _ in range(CLOCK_TRIES):
+            if clock.width(measured) <= GOOD_CLOCK_S:
+                break
+            # No section has this name: the host only tells its time.
+            _, again = self._probe(host, {"only": ["clock"]}, variables)
+            measured = clock.narrow(measured, again)
+        if arguments["only"]:
+            facts["errors"] = {**known.get("errors", {}), **facts["errors"]}
+        result["ansible_facts"] = {"dsv3_facts": {**known, **facts, "clock": measured.model_dump()}}
+        return result
+
+    def _probe(
+        self, host: str, arguments: dict[str, Any], variables: dict[str, Any]
+    ) -> tuple[dict[str, Any], Clock]:
+        """Return the facts, and the bounds of the clock that this round trip gives."""
+        script = (content.playbooks() / "library" / "dsv3_probe.py").read_bytes()
+        command = self._command(json.dumps(arguments), variables)
+        sent = time.time()
         try:
-            facts = self._probe(host, hostvars.plain(arguments), variables)
-            clock = self._measure_clock(facts)
+            # Through standard input: one round trip, where a module takes several.
+            answer = self._low_level_execute_command(command, in_data=script)
         except AnsibleConnectionFailure:
             raise
         except AnsibleError as error:
             raise AnsibleActionFail(
-                f"{host}: {error}. Likely cause: the login user may not become root, or needs a password for "
-                "it. "
-                "Remedy: give the user sudo, or pass the password (ansible_become_password, "
-                "--ask-become-pass)."
+                f"{host}: {error}. Likely cause: the login user needs a password to become root. "
+                "Remedy: pass the right one (ansible_become_password or --ask-become-pass)."
             ) from error
-        known = hostvars.plain(hostvars.fact(variables, "dsv3_facts") or {})
-        if known.get("clock"):
-            clock = _intersect(known["clock"], clock)
-        errors = {**known.get("errors", {}), **facts["errors"]} if arguments["only"] else facts["errors"]
-        result["ansible_facts"] = {"dsv3_facts": {**known, **facts, "errors": errors, "clock": clock}}
-        if not arguments["only"]:
-            result["ansible_facts"] |= _managers(facts)
-        return result
-
-    def _paths(self, host: str, variables: dict[str, Any]) -> list[str]:
-        """Return the paths whose disks preflight judges; they are settings of other roles."""
-        try:
-            settings = hostvars.settings_of(variables["hostvars"], host)
-        except hostvars.SettingError as error:
-            raise AnsibleActionFail(str(error)) from error
-        return [settings["docker_engine_data_path"], settings["model_weights_path"]]
-
-    def _probe(self, host: str, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
-        """Return the facts; keeps the controller's clock before and after in `_round_trip`."""
-        script = (content.playbooks() / "library" / "dsv3_probe.py").read_bytes()
-        command = self._command(json.dumps(arguments), variables)
-        sent = time.time()
-        # Through standard input: one round trip, where a module would take several.
-        answer = self._low_level_execute_command(command, in_data=script)
         received = time.time()
         lines = [line for line in answer["stdout"].splitlines() if line.startswith('{"changed"')]
         if not lines:
@@ -88,14 +85,14 @@ class ActionModule(ActionBase):
                 "Remedy: install python3 on the host, or give the user sudo."
             )
         facts: dict[str, Any] = json.loads(lines[-1])["dsv3_facts"]
-        self._round_trip = (sent, received)
-        return facts
+        measured = clock.measure(sent=sent, began=facts["time"], ended=facts["time_end"], received=received)
+        return facts, measured
 
     def _command(self, arguments: str, variables: dict[str, Any]) -> str:
         """Return the shell command that runs a Python script from standard input."""
         quoted = shlex.quote(arguments)
-        configured = self._templar.template(variables.get("ansible_python_interpreter", ""))
-        if str(configured).startswith("/"):
+        configured = str(self._templar.template(variables.get("ansible_python_interpreter", "")))
+        if configured.startswith("/"):
             return f"{configured} -IS - {quoted}"
         return (
             f"for python in {INTERPRETERS}; do "
@@ -103,39 +100,11 @@ class ActionModule(ActionBase):
             "done; echo 'no python3 found' >&2; exit 127"
         )
 
-    def _measure_clock(self, facts: dict[str, Any]) -> dict[str, float]:
-        """Return bounds of host clock minus controller clock [seconds].
 
-        Whatever the transport took, the probe began after the request was sent and ended before its answer
-        came.
-        """
-        sent, received = self._round_trip
-        clock = {"offset_low": facts["time_end"] - received, "offset_high": facts["time"] - sent}
-        for _ in range(CLOCK_TRIES):
-            if clock["offset_high"] - clock["offset_low"] <= GOOD_CLOCK_S:
-                break
-            sent = time.time()
-            answer = self._low_level_execute_command("date +%s.%N", sudoable=False)
-            received = time.time()
-            try:
-                there = float(answer["stdout"].strip())
-            except ValueError:
-                break  # a date command without nanoseconds
-            clock = _intersect(clock, {"offset_low": there - received, "offset_high": there - sent})
-        return clock
-
-
-def _intersect(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """Return the bounds that satisfy both; the second alone if the clock was set in between."""
-    low = max(first["offset_low"], second["offset_low"])
-    high = min(first["offset_high"], second["offset_high"])
-    return {"offset_low": low, "offset_high": high} if low <= high else second
-
-
-def _managers(facts: dict[str, Any]) -> dict[str, str]:
-    """Return the two facts without which `package` and `service` gather facts at every task."""
-    system = facts.get("os", {})
-    managers = {"pkg_mgr": {"Debian": "apt", "RedHat": "dnf"}.get(system.get("family", ""), "")}
-    if system.get("init") == "systemd":
-        managers["service_mgr"] = "systemd"
-    return {name: value for name, value in managers.items() if value}
+def _paths(host: str, variables: dict[str, Any]) -> list[str]:
+    """Return the paths whose disks preflight judges; they are settings of other roles."""
+    try:
+        settings = hostvars.settings_of(variables["hostvars"], host)
+    except hostvars.SettingError as error:
+        raise AnsibleActionFail(str(error)) from error
+    return [settings["docker_engine_data_path"], settings["model_weights_path"]]

@@ -684,7 +684,7 @@ def probe_reach(targets):
 def probe(arguments, root="/", ask=ip_json):
     """Return the facts of this host.
 
-    `arguments` are the module's options; `root` is the directory that stands for "/"; `ask` as `probe_network`.
+    `arguments` are the module's options; `root` stands for "/"; `ask` as in `probe_network`.
     """
     only = arguments.get("only") or []
     facts = {

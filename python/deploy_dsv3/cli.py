@@ -10,17 +10,18 @@ import importlib
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploy_dsv3 import __version__
 from deploy_dsv3.errors import DeployError, InternalError, Interrupted
-from deploy_dsv3.options import collect, inventory_options, run_options
+from deploy_dsv3.options import collect, inventory_options, is_given, run_options
 
 if TYPE_CHECKING:
-    from deploy_dsv3.report import Report
+    from deploy_dsv3.verbs import Result
 
 _EPILOG = """\b
 Examples:
@@ -86,11 +87,11 @@ class _Verbs(click.Group):
 @inventory_options
 @click.version_option(__version__, prog_name="deploy-dsv3")
 @click.pass_context
-def cli(context: click.Context, **_: Any) -> None:
+def cli(context: click.Context, /, **_: Any) -> None:
     """Take bare GPU servers to a served, verified DeepSeek-V3 on LMDeploy.
 
-    Without a verb, deploys what the inventory describes. Running it again changes only what differs, and continues a
-    run that was stopped or failed.
+    Without a verb, deploys what the inventory describes. Running it again changes only what differs, and
+    continues a run that was stopped or failed.
     """
     if context.invoked_subcommand is None:
         if not context.args and not _given(context):
@@ -102,12 +103,64 @@ def cli(context: click.Context, **_: Any) -> None:
 
 
 @cli.command()
+@inventory_options
+@click.option(
+    "--junit",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the checks as JUnit XML.",
+)
+@click.pass_context
+def verify(context: click.Context, /, *, junit: Path | None, **_: Any) -> None:
+    """Check every host of a running deployment, and its endpoint.
+
+    Looks at packages, driver, container, devices, limits, environment, ports, Ray as each host sees it, and
+    the answers that clients get. Changes nothing.
+    """
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.verify(collect(context), junit=junit), context)
+
+
+@cli.command()
+@inventory_options
+@click.option("--canary", is_flag=True, help="Also ask each endpoint for a completion of one token.")
+@click.pass_context
+def status(context: click.Context, /, *, canary: bool, **_: Any) -> None:
+    """Tell how a deployment is doing: nodes, GPUs, engine, endpoint, release."""
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.status(collect(context), canary=canary), context)
+
+
+@cli.command()
+@inventory_options
+@click.option(
+    "--schema", is_flag=True, help="Print the JSON Schema of a variables file instead, for editors."
+)
+@click.pass_context
+def settings(context: click.Context, /, *, schema: bool, **_: Any) -> None:
+    """List every setting: its value and where it comes from, default, type, and what it does.
+
+    Without an inventory, lists the defaults. Secrets show only as set or unset.
+    """
+    if schema:
+        from deploy_dsv3 import settings_text
+
+        _print_json(settings_text.json_schema())
+        return
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.list_settings(collect(context) if is_given(context, "inventories") else None), context)
+
+
+@cli.command()
 @run_options
 @inventory_options
 @click.option("--remove-drivers", is_flag=True, help="Also remove drivers, container toolkit and Docker.")
 @click.option("--remove-weights", is_flag=True, help="Also remove the model weights.")
 @click.pass_context
-def destroy(context: click.Context, *, remove_drivers: bool, remove_weights: bool, **_: Any) -> None:
+def destroy(context: click.Context, /, *, remove_drivers: bool, remove_weights: bool, **_: Any) -> None:
     """Remove what a deployment created, and nothing else.
 
     Model weights and drivers stay unless you say so. Safe on a deployment that was only half made.
@@ -158,24 +211,12 @@ def _given(context: click.Context) -> bool:
     )
 
 
-def _finish(report: Report, context: click.Context) -> None:
-    from deploy_dsv3.report import render
-
-    if collect_json(context):
-        _print_json(report.as_dict())
+def _finish(result: Result, context: click.Context) -> None:
+    if is_given(context, "json"):
+        _print_json(result.document)
     else:
-        render(report, sys.stdout)
-    raise click.exceptions.Exit(report.exit_code)
-
-
-def collect_json(context: click.Context) -> bool:
-    """Whether ``--json`` was given, before or after the verb."""
-    current: click.Context | None = context
-    while current is not None:
-        if current.params.get("json"):
-            return True
-        current = current.parent
-    return False
+        result.render(sys.stdout)
+    raise click.exceptions.Exit(result.exit_code)
 
 
 def _fail(error: DeployError, *, as_json: bool) -> int:
@@ -204,5 +245,5 @@ def _defect(error: Exception) -> InternalError:
     )
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def _print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))

@@ -1,8 +1,8 @@
 """Turns ansible-runner's raw events into typed records, and a stream of records into the outcome of a run.
 
-A stage is the part before the colon of a play's name (``"ray: form the cluster"``). What a failure *means* is worked
-out here: its message, the first host and task it happened on (with ``any_errors_fatal`` Ansible stops the other hosts
-as well: those are echoes), the likely cause, the remedy, and the exit code.
+A stage is the part before the colon of a play's name (``"ray: form the cluster"``). What a failure *means* is
+worked out here: its message, the first host and task it happened on (with ``any_errors_fatal`` Ansible stops
+the other hosts as well: those are echoes), the likely cause, the remedy, and the exit code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from deploy_dsv3.causes import diagnose
 from deploy_dsv3.findings import Finding
 
 #: Stages of a deployment in their order; `verify` runs after the playbook, in Python.
@@ -93,7 +94,8 @@ class Failure:
 
     Attributes:
         host, stage, task, role: where.
-        code: stable name of the cause, e.g. ``sudo-password-wrong``; ``task-failed`` if it is none of the known ones.
+        code: stable name of the cause, e.g. ``sudo-password-wrong``; ``task-failed`` if it is none of the
+            known ones.
         message: what was found, the module's own words.
         cause: the likely cause, in a sentence; empty if unknown.
         remedy: what to do; empty if unknown.
@@ -160,145 +162,6 @@ class Finished(Record):
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cause:
-    code: str
-    pattern: re.Pattern[str]
-    cause: str
-    remedy: str
-    unreachable: bool = False
-
-
-def _known(code: str, pattern: str, cause: str, remedy: str, *, unreachable: bool = False) -> _Cause:
-    return _Cause(
-        code=code, pattern=re.compile(pattern, re.I | re.S), cause=cause, remedy=remedy, unreachable=unreachable
-    )
-
-
-# The words are those of OpenSSH's client, sudo, and ansible-core's ssh and sudo plugins; the first match wins.
-_CAUSES: Sequence[_Cause] = (
-    _known(
-        "ssh-host-key-changed",
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "the host presents another SSH key than the one known for it: it was reinstalled, its address went to another "
-        "machine, or somebody is in between",
-        "Ask whoever runs the host. If the change is right: ssh-keygen -R HOST, then ssh-keyscan it again.",
-        unreachable=True,
-    ),
-    _known(
-        "ssh-host-key-unknown",
-        r"Host key verification failed|host key is known for|authenticity of host",
-        "this machine has never seen the host's SSH key",
-        "Log in once by hand (ssh HOST) and compare the key, or add it: ssh-keyscan HOST >> ~/.ssh/known_hosts",
-        unreachable=True,
-    ),
-    _known(
-        "dns",
-        r"Could not resolve hostname|Name or service not known|Temporary failure in name resolution",
-        "the host's name has no address",
-        "Correct the name, or set ansible_host to the address.",
-        unreachable=True,
-    ),
-    _known(
-        "ssh-authentication",
-        r"Permission denied \(|Invalid/incorrect password|Too many authentication failures|no such identity",
-        "the host refuses the login: wrong user, or the host does not have this key",
-        "Check ansible_user and ansible_ssh_private_key_file; `ssh USER@HOST true` must work without a question.",
-        unreachable=True,
-    ),
-    _known(
-        "ssh-refused",
-        r"Connection refused",
-        "the host answers, and no SSH server listens on that port",
-        "Start sshd there, or set ansible_port.",
-        unreachable=True,
-    ),
-    _known(
-        "ssh-timeout",
-        r"Connection timed out|Operation timed out|No route to host|Network is unreachable|banner exchange|"
-        r"timed out waiting for",
-        "nothing answers at the host's address: it is off, or the network or a firewall is in the way",
-        "Check that the host is up, and that this machine can reach it (ping, ssh).",
-        unreachable=True,
-    ),
-    _known(
-        "ssh-dropped",
-        r"Connection (closed|reset) by|Shared connection to \S+ closed|Broken pipe|closed by remote host",
-        "the connection broke while it was in use",
-        "Run again. If it happens again, look at the host's sshd and at the network.",
-        unreachable=True,
-    ),
-    _known(
-        "sudo-password-wrong",
-        r"Incorrect (sudo|su) password|Sorry, try again|incorrect password attempt",
-        "sudo refuses the password",
-        "Give the right one: --ask-become-pass, --become-password-file, or ansible_become_password in a vault.",
-        unreachable=True,
-    ),
-    _known(
-        "sudo-password-missing",
-        r"Missing (sudo|su) password|a password is required|a terminal is required to read the password",
-        "sudo asks for a password and none was given",
-        "Give it: --ask-become-pass, --become-password-file, or ansible_become_password in a vault.",
-        unreachable=True,
-    ),
-    _known(
-        "sudo-denied",
-        r"is not in the sudoers file|is not allowed to (run|execute)|may not run sudo",
-        "the user may not use sudo on the host",
-        "Add the user to the host's sudoers, or set ansible_user to one that may.",
-        unreachable=True,
-    ),
-    _known(
-        "sudo-no-answer",
-        r"waiting for privilege escalation prompt|Timeout \(\d+s\) waiting for privilege",
-        "sudo does not answer: the host is overloaded, its name resolution hangs, or sudo asks something unusual",
-        "Try `sudo -k true` on the host; set ansible_become_timeout if it is only slow.",
-        unreachable=True,
-    ),
-    _known(
-        "sudo-not-there",
-        r"sudo: (command )?not found|sudo: No such file",
-        "the host has no sudo",
-        "Install sudo on the host, or log in as root (ansible_user=root).",
-        unreachable=True,
-    ),
-    _known(
-        "python-not-there",
-        r"interpreter '?\S+'? was not found|python3?: (command )?not found|No python interpreters found",
-        "the host has no Python 3, which Ansible needs there",
-        "Install python3 on the host, or set ansible_python_interpreter.",
-    ),
-    _known(
-        "disk-full",
-        r"No space left on device|Disk quota exceeded",
-        "a file system of the host is full",
-        "Free space (df -h, docker system df) and run again.",
-    ),
-    _known(
-        "package-lock",
-        r"Could not get lock /var/lib/(dpkg|apt)|Unable to acquire the dpkg frontend lock",
-        "another package manager runs on the host, often its unattended upgrades",
-        "Wait until it is done, or stop it, and run again.",
-    ),
-)
-
-
-def diagnose(text: str) -> tuple[str, str, str, bool] | None:
-    """The known cause of an error text.
-
-    Args:
-        text: message, stderr and stdout of a failed connection or module.
-
-    Returns:
-        ``(code, cause, remedy, unreachable)``, or None if it is none of the known ones.
-    """
-    for known in _CAUSES:
-        if known.pattern.search(text):
-            return known.code, known.cause, known.remedy, known.unreachable
-    return None
-
-
 class Translator:
     """Turns raw events, in their order, into records."""
 
@@ -333,7 +196,12 @@ class Translator:
             yield from self._host_event(kind, time, data)
 
     def _host_event(self, kind: Any, time: float, data: Mapping[str, Any]) -> Iterator[Record]:
-        common = {"time": time, "stage": self._stage, "host": str(data["host"]), "task": _task(data)}
+        common: dict[str, Any] = {
+            "time": time,
+            "stage": self._stage,
+            "host": str(data["host"]),
+            "task": _task(data),
+        }
         result = data.get("res") or {}
         if kind == "runner_on_start":
             yield HostStarted(**common)
@@ -370,21 +238,32 @@ class Translator:
             findings=findings,
         )
         known = diagnose(f"{message}\n{result.get('module_stderr', '')}\n{result.get('module_stdout', '')}")
-        # A module that failed for its own reasons may quote such words too (a registry that refuses connections):
-        # unless Ansible says unreachable, only what becoming root says about itself counts as not reached.
-        if known and (unreachable or not known[3] or known[0].startswith("sudo-")):
-            code, cause, remedy, not_reached = known
+        # A module that failed for its own reasons may quote such words too (a registry that refuses
+        # connections): unless Ansible says unreachable, only what becoming root says about itself counts as
+        # not reached.
+        if known and (unreachable or not known.unreachable or known.code.startswith("sudo-")):
             return replace(
                 failure,
-                code=code,
-                cause=cause,
-                remedy=remedy.replace("HOST", host) if "HOST" in remedy else remedy,
-                unreachable=unreachable or not_reached,
+                code=known.code,
+                cause=known.cause,
+                remedy=known.remedy.replace("HOST", host),
+                unreachable=unreachable or known.unreachable,
             )
         own = [finding for finding in findings if finding.severity == "error"]
         if own:
             return replace(failure, code=own[0].code, cause=own[0].cause, remedy=own[0].remedy)
+        return _by_signature(failure)
+
+
+def _by_signature(failure: Failure) -> Failure:
+    """The failure with the cause that a line of the engine's log in its message is known for."""
+    from deploy_dsv3 import signatures
+
+    match = signatures.first_cause(failure.message.splitlines())
+    if match is None:
         return failure
+    known = match.signature
+    return replace(failure, code=known.id, cause=known.cause, remedy=f"{known.remedy} See {known.page}.")
 
 
 def failure_message(result: Mapping[str, Any]) -> str:
@@ -394,7 +273,9 @@ def failure_message(result: Mapping[str, Any]) -> str:
     parts: list[str] = []
     items = [item for item in result.get("results") or [] if isinstance(item, Mapping) and item.get("failed")]
     message = _text(result.get("msg"))
-    if items and (not message or message.startswith("One or more items failed") or message == "All items completed"):
+    if items and (
+        not message or message.startswith("One or more items failed") or message == "All items completed"
+    ):
         for item in items:
             label = item.get("_ansible_item_label", item.get("item", ""))
             parts.append(f"{_text(label)}: {failure_message(item)}" if label else failure_message(item))
@@ -402,7 +283,9 @@ def failure_message(result: Mapping[str, Any]) -> str:
     if message:
         parts.append(message)
     # "MODULE FAILURE", "non-zero return code": the words that matter are elsewhere.
-    if not message or re.match(r"(MODULE FAILURE|non-zero return code|Module result deserialization failed)", message):
+    if not message or re.match(
+        r"(MODULE FAILURE|non-zero return code|Module result deserialization failed)", message
+    ):
         for key in ("stderr", "module_stderr", "stdout", "module_stdout"):
             text = _text(result.get(key))
             if text:
@@ -458,6 +341,10 @@ class Outcome:
                 self.report = dict(record.report)
                 self._settle()
 
+    def close(self, time: float) -> None:
+        """End the stage that is open."""
+        self._switch("", time)
+
     @property
     def first(self) -> Failure | None:
         """The failure that the run is judged by."""
@@ -483,7 +370,7 @@ class Outcome:
         self.findings.extend(finding for finding in findings if finding not in self.findings)
 
     def _settle(self) -> None:
-        """Keep the failures of hosts that the recap calls failed; a host may have failed after being rescued."""
+        """Keep the failures of hosts that the recap calls failed; those may have failed once rescued."""
         failed = {host for host, stats in self.hosts.items() if stats.failed or stats.unreachable}
         self.failures = [failure for failure in self.failures if failure.host in failed]
         for host in failed - {failure.host for failure in self.failures}:
@@ -543,7 +430,10 @@ def _finished(time: float, data: Mapping[str, Any]) -> Finished:
     report = artifacts.get(REPORT_KEY) if isinstance(artifacts, Mapping) else None
     return Finished(
         time=time,
-        hosts={host: HostStats(**{name: count(column, host) for name, column in columns.items()}) for host in hosts},
+        hosts={
+            host: HostStats(**{name: count(column, host) for name, column in columns.items()})
+            for host in hosts
+        },
         report=report if isinstance(report, Mapping) else {},
     )
 
@@ -552,7 +442,9 @@ def _warning(stdout: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", stdout).strip()
     text = " ".join(text.removeprefix("[WARNING]:").split())
     # Both say only that a group of the convention is not used by this inventory.
-    if text.startswith(("Could not match supplied host pattern", "No inventory was parsed", "provided hosts list")):
+    if text.startswith(
+        ("Could not match supplied host pattern", "No inventory was parsed", "provided hosts list")
+    ):
         return ""
     return text
 

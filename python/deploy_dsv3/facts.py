@@ -6,8 +6,9 @@ here and is named in `HostFacts.errors`; fields this version does not know are i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -309,3 +310,72 @@ def unread_sections(host: str, facts: HostFacts) -> list[Finding]:
         )
         for section, reason in sorted(facts.errors.items())
     ]
+
+
+def reference() -> str:
+    """Return docs/reference/probe-facts.md: every field of the schema with its type and meaning."""
+    lines = [
+        "# Facts of the probe",
+        "",
+        "<!-- Made by `python -m deploy_dsv3.facts`; a test fails when it is out of date. -->",
+        "",
+        "`playbooks/library/dsv3_probe.py` reads these from a host in one pass, without changing anything;",
+        "in a play they are the variable `dsv3_facts`. It also runs by itself:",
+        "",
+        "```",
+        "ssh HOST sudo python3 - < playbooks/library/dsv3_probe.py",
+        "```",
+        "",
+        f"This is schema {SCHEMA}. New fields may be added to it; one that changes its meaning makes a new",
+        "schema. A section that could not be read keeps its empty value and is named in `errors`.",
+    ]
+    for model in _models(HostFacts):
+        doc = (model.__doc__ or "").strip()
+        lines += [
+            "",
+            f"## {model.__name__}",
+            "",
+            doc,
+            "",
+            "| field | type | meaning |",
+            "| --- | --- | --- |",
+        ]
+        for name, info in model.model_fields.items():
+            lines.append(f"| `{info.alias or name}` | {_type_name(info.annotation)} | {info.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _models(model: type[Section]) -> Iterator[type[Section]]:
+    """Yield a model and those it is made of, each once, in the order of its fields."""
+    pending, seen = [model], set()
+    while pending:
+        current = pending.pop(0)
+        if current not in seen:
+            seen.add(current)
+            yield current
+            pending += [part for info in current.model_fields.values() for part in _parts(info.annotation)]
+
+
+def _parts(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [part for argument in get_args(annotation) for part in _parts(argument)]
+
+
+def _type_name(annotation: Any) -> str:
+    """Return the JSON type of an annotation in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(f"`{value}`" for value in arguments)
+    if origin is types.UnionType:
+        return " or ".join(_type_name(part) for part in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    names = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
+    return names.get(annotation, "object")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

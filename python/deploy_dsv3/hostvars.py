@@ -102,7 +102,9 @@ def _convert(host: str, name: str, default: Any, value: Any) -> Any:
     wanted = type(default)
     try:
         return plain(_CONVERTERS[wanted](plain(value)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError):
+        # Neither the value nor the converter's words, which quote it: it may be a secret.
+        found = type(plain(value)).__name__
         raise SettingError(
-            f"{host}: {name} is {value!r}, a value of type {wanted.__name__} is expected"
-        ) from error
+            f"{host}: {name} is a value of type {found} that cannot be taken as {wanted.__name__}"
+        ) from None

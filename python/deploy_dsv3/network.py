@@ -196,7 +196,7 @@ def _override(view: HostView) -> _Candidate | Finding:
     fitting = [
         c
         for c in present
-        if (wanted is None or c.address == wanted) and (not named or c.interface.name == named)
+        if (not view.address or c.address == wanted) and (not named or c.interface.name == named)
     ]
     if fitting:
         return min(fitting, key=lambda candidate: candidate.address.version)

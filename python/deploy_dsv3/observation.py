@@ -183,7 +183,7 @@ def _testinfra_runner(inventory: Path, variables: Mapping[str, Mapping[str, Any]
     runner = AnsibleRunner(str(inventory))
     # It would start ansible-inventory to learn what is known here already.
     runner.inventory = {
-        # The command uses `sudo -n` where it is needed; testinfra would, for root as well, and it may be missing.
+        # The command itself uses `sudo -n` where needed; testinfra would for root as well.
         "_meta": {
             "hostvars": {host: {**found, "ansible_become": False} for host, found in variables.items()}
         },

@@ -1,8 +1,8 @@
 """What runs on a host, read in one pass: the other half of `deploy_dsv3.observation`, which sends it there.
 
 It changes nothing. Python 3.9 and its standard library are enough. The facts of the host come from the probe,
-whose source comes along; what is added here is what only a deployed host has: the engine's container, the files
-of the deployment, the cluster as Ray shows it from this host, and whether a secret shows where it must not.
+whose source comes along; what is added here is what only a deployed host has: the engine's container, the
+deployment's files, the cluster as Ray shows it from this host, and whether a secret shows where it must not.
 
 A section that cannot be read is left out and says why in ``errors``.
 """

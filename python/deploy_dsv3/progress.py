@@ -1,7 +1,7 @@
 """Live progress of a run: a table of hosts on a terminal, plain lines with the time otherwise.
 
-Both show records as they come; neither decides anything. Progress goes to the stream it is given, so that with
-``--json`` standard output holds the document and nothing else.
+Both show records as they come; neither decides anything. Progress goes to the stream it is given, so that
+with ``--json`` standard output holds the document and nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from deploy_dsv3.events import (
     Finished,
@@ -29,6 +29,9 @@ from deploy_dsv3.events import (
     TaskStarted,
     Warned,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
@@ -93,10 +96,8 @@ class PlainProgress:
             case HostRetried():
                 # The first wait is news, the others only now and then.
                 if record.attempt in (1, 5) or record.attempt % 20 == 0:
-                    self._line(
-                        record.time,
-                        f"{self._stage}: {record.host}: waiting: {record.task} ({record.attempt}/{record.attempts})",
-                    )
+                    tries = f"{record.attempt}/{record.attempts}"
+                    self._line(record.time, f"{self._stage}: {record.host}: waiting: {record.task} ({tries})")
             case HostFailed(ignored=False) | HostUnreachable():
                 word = "unreachable" if record.failure.unreachable else "FAILED"
                 self._line(record.time, f"{self._stage}: {record.host}: {word}: {record.task}")
@@ -112,13 +113,14 @@ class PlainProgress:
     def _close_stage(self, time: float) -> None:
         if self._stage:
             changed = sum(counts.get("changed", 0) for counts in self._hosts.values())
-            self._line(
-                time, f"{self._stage}: done in {duration(time - self._since)}, {changed} changed on {len(self._hosts)} hosts"
-            )
+            took = duration(time - self._since)
+            self._line(time, f"{self._stage}: done in {took}, {changed} changed on {len(self._hosts)} hosts")
             self._stage = ""
 
     def _line(self, time: float, text: str) -> None:
-        self._stream.write(f"{clock.strftime('%H:%M:%S', clock.localtime(time))} +{time - self._started:6.1f}s {text}\n")
+        self._stream.write(
+            f"{clock.strftime('%H:%M:%S', clock.localtime(time))} +{time - self._started:6.1f}s {text}\n"
+        )
         self._stream.flush()
 
 
@@ -148,7 +150,9 @@ class TerminalProgress:
         self._stage = ""
         self._title = ""
         self._since = clock.time()
-        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True)
+        self._live = Live(
+            console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True
+        )
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -208,17 +212,30 @@ class TerminalProgress:
         failed = [host for host, row in self._rows.items() if row.state in ("failed", "unreachable")]
         changed = sum(row.changed for row in self._rows.values())
         mark, style = ("✗", "red") if failed else ("✓", "green")
-        detail = f"failed on {', '.join(failed)}" if failed else f"{changed} changed" if changed else "nothing to change"
+        detail = (
+            f"failed on {', '.join(failed)}"
+            if failed
+            else f"{changed} changed"
+            if changed
+            else "nothing to change"
+        )
         self._console.print(
-            f"[{style}]{mark}[/] {self._stage:<12} {duration(time - self._since):>7}  [dim]{detail}[/]", highlight=False
+            f"[{style}]{mark}[/] {self._stage:<12} {duration(time - self._since):>7}  [dim]{detail}[/]",
+            highlight=False,
         )
         self._stage = ""
 
-    def _table(self) -> object:
+    def _table(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
-        styles = {"failed": "red", "unreachable": "red", "changed": "yellow", "ok": "green", "running": "cyan"}
+        styles = {
+            "failed": "red",
+            "unreachable": "red",
+            "changed": "yellow",
+            "ok": "green",
+            "running": "cyan",
+        }
         now = clock.time()
         title = f"{self._stage}: {self._title}  {duration(now - self._since)}" if self._stage else "starting"
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

@@ -1,15 +1,18 @@
-"""The end of a run: what was done where, what to look out for, where the service is. For people and as JSON."""
+"""The end of a run: what was done where, what to look out for, where the service is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from deploy_dsv3.events import Failure, HostStats, Outcome
 from deploy_dsv3.progress import duration
 from deploy_dsv3.topology import Deployment
+
+if TYPE_CHECKING:
+    from deploy_dsv3.verification import VerificationReport
 
 SCHEMA = 1
 
@@ -25,7 +28,7 @@ class Report:
         deployment: what it was run on.
         outcome: what the playbook came to; None if none was run.
         check: whether it was a dry run.
-        verification: what verification found, in its own JSON form; None if it did not run.
+        verification: what verification found; None if it did not run.
         log: directory of the run's log.
     """
 
@@ -36,9 +39,8 @@ class Report:
     outcome: Outcome | None = None
     check: bool = False
     warnings: tuple[str, ...] = ()
-    verification: Mapping[str, Any] | None = None
+    verification: VerificationReport | None = None
     log: Path | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for ``--json``."""
@@ -65,9 +67,8 @@ class Report:
             "failures": [failure.as_dict() for failure in outcome.failures],
             "findings": [finding.to_json() for finding in outcome.findings],
             "warnings": [*self.warnings, *outcome.warnings],
-            "verification": self.verification,
+            "verification": self.verification.as_dict() if self.verification else None,
             "log": str(self.log) if self.log else None,
-            **self.extra,
         }
 
 
@@ -85,11 +86,18 @@ def render(report: Report, stream: TextIO) -> None:
     console.print()
     _render_hosts(console, outcome.hosts)
     _render_warnings(console, report, outcome)
-    for failure in outcome.failures[:1]:
+    if report.verification:
+        from deploy_dsv3 import verification
+
+        verification.render(report.verification, stream)
+    # What verification found is in its table.
+    told = [failure for failure in outcome.failures if failure.code != "verification"]
+    for failure in told[:1]:
         _render_failure(console, failure)
-    others = [failure for failure in outcome.failures[1:]]
-    for failure in others:
-        console.print(f"[red]also[/] {failure.host}, stage {failure.stage}: {_first_line(failure.message)}", markup=True)
+    for failure in told[1:]:
+        console.print(
+            f"[red]also[/] {failure.host}, stage {failure.stage}: {_first_line(failure.message)}", markup=True
+        )
     _render_service(console, report, outcome)
     word = "[green]done[/]" if report.exit_code == 0 else "[red]failed[/]"
     dry = " (check mode: nothing was changed)" if report.check else ""
@@ -144,7 +152,9 @@ def _render_failure(console: Any, failure: Failure) -> None:
 
 def _render_lines(console: Any, message: str, cause: str, remedy: str, *, host: str = "") -> None:
     lines = message.splitlines() or [""]
-    console.print(f"    found:  {host + ': ' if host and host not in lines[0] else ''}{lines[0]}", markup=False)
+    console.print(
+        f"    found:  {host + ': ' if host and host not in lines[0] else ''}{lines[0]}", markup=False
+    )
     for line in lines[1:]:
         console.print(f"            {line}", markup=False)
     if cause:
@@ -158,7 +168,9 @@ def _render_service(console: Any, report: Report, outcome: Outcome) -> None:
         served = _mapping(outcome.report.get(replica.name))
         if not served:
             continue
-        console.print(f"[bold]{replica.name}[/] serves [bold]{served.get('model', '')}[/] at {served.get('endpoint', '')}")
+        console.print(
+            f"[bold]{replica.name}[/] serves [bold]{served.get('model')}[/] at {served.get('endpoint')}"
+        )
         if completion := served.get("completion"):
             console.print(f"    a completion came back: {completion!r}", markup=False)
 

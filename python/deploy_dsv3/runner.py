@@ -1,8 +1,8 @@
 """Runs one playbook with ansible-runner; the only module that imports it.
 
-ansible-runner writes everything it is given (variables, passwords, environment, command line) below its private data
-directory. That directory is a fresh one, mode 0700, on a memory file system where there is one, and it is removed
-when the run ends; what is kept is a log of our own, with the values of secrets struck out.
+ansible-runner writes everything it is given (variables, passwords, environment, command line) below its
+private data directory. That directory is a fresh one, mode 0700, on a memory file system where there is one,
+and it is removed when the run ends; what is kept is a log of our own, with the values of secrets struck out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,8 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
         The outcome, also when hosts failed.
 
     Raises:
-        Interrupted: the operator stopped the run (SIGINT or SIGTERM); the task that was running was finished first.
+        Interrupted: the operator stopped the run (SIGINT or SIGTERM); the task that was running was finished
+            first.
         InternalError: Ansible could not run the playbook at all.
     """
     import ansible_runner
@@ -116,7 +117,9 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
     with _private_directory() as private, _stop_on_signal(private / "stop") as stop:
         result = ansible_runner.run(
             private_data_dir=str(private),
-            project_dir=str(Path.cwd()),  # relative paths in an inventory mean what they mean to ansible-playbook
+            project_dir=str(
+                Path.cwd()
+            ),  # relative paths in an inventory mean what they mean to ansible-playbook
             playbook=str(job.playbook),
             inventory=[str(path.absolute()) for path in job.inventories],
             limit=job.limit or None,
@@ -136,14 +139,15 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
         raise Interrupted(stop.signal_number, message="stopped after the task that was running")
     if not outcome.finished and not outcome.failures:
         raise InternalError(
-            f"Ansible could not run {job.playbook.name} (status {result.status}, rc {result.rc}): {log.last_error()}",
+            f"Ansible could not run {job.playbook.name} (exit status {result.rc}): {log.last_error()}",
             remedy=f"The full output is in {log.directory}.",
         )
     return outcome
 
 
 class RunLog:
-    """The directory that keeps the log of one run: ``events.jsonl`` and ``ansible.log``, readable by its owner only.
+    """The directory that keeps the log of one run: ``events.jsonl`` and ``ansible.log``, readable by its
+    owner only.
 
     Args:
         verb: what is run, part of the directory's name.
@@ -153,13 +157,18 @@ class RunLog:
     def __init__(self, verb: str, hidden: Iterable[str] = ()) -> None:
         self.id = new_id(verb)
         self.directory = state_directory() / "runs" / self.id
-        self._hidden = sorted({text for text in hidden if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True)
+        self._hidden = sorted(
+            {text for text in hidden if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True
+        )
         self._errors: list[str] = []
         self._files: tuple[TextIO, TextIO] | None = None
 
     def __enter__(self) -> RunLog:
         self.directory.mkdir(parents=True, mode=0o700)
-        self._files = (_open_private(self.directory / "events.jsonl"), _open_private(self.directory / "ansible.log"))
+        self._files = (
+            _open_private(self.directory / "events.jsonl"),
+            _open_private(self.directory / "ansible.log"),
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -200,13 +209,13 @@ def new_id(name: str) -> str:
 
 
 def state_directory() -> Path:
-    """Where this machine keeps what deploy-dsv3 remembers (XDG base directory specification, ``XDG_STATE_HOME``)."""
+    """Where this machine keeps what deploy-dsv3 remembers (XDG base directories: ``XDG_STATE_HOME``)."""
     base = os.environ.get("XDG_STATE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state") / "deploy-dsv3"
 
 
 def _arguments(job: Job, private: Path) -> list[str]:
-    """Options of ansible-playbook that ansible-runner has no parameter for; secrets only as names of files."""
+    """Options that ansible-runner has no parameter for; secrets only as names of files."""
     arguments = []
     if job.check:
         arguments.append("--check")
@@ -230,7 +239,9 @@ def _arguments(job: Job, private: Path) -> list[str]:
     for item in passwords.vault_files:
         label, found, name = item.rpartition("@")
         absolute = Path(name).expanduser().absolute()
-        arguments += ["--vault-id", f"{label}@{absolute}"] if found else ["--vault-password-file", str(absolute)]
+        arguments += (
+            ["--vault-id", f"{label}@{absolute}"] if found else ["--vault-password-file", str(absolute)]
+        )
     if passwords.become:
         path = private / "become-password"
         write_private(path, passwords.become)
@@ -252,7 +263,7 @@ def _extra_vars_file(path: Path, text: str) -> Path:
 
 
 def _environment(private: Path) -> dict[str, str]:
-    """Ansible's configuration for a run. What the operator set in the environment wins where it is a preference."""
+    """Ansible's configuration for a run; what the operator set wins where it is a matter of preference."""
     preferences = {
         "ANSIBLE_TIMEOUT": "15",
         "ANSIBLE_SSH_RETRIES": "3",
@@ -263,12 +274,14 @@ def _environment(private: Path) -> dict[str, str]:
     }
     if not _ssh_arguments_are_configured():
         preferences["ANSIBLE_SSH_ARGS"] = (
-            "-C -o ControlMaster=auto -o ControlPersist=300s -o ServerAliveInterval=10 -o ServerAliveCountMax=6"
+            "-C -o ControlMaster=auto -o ControlPersist=300s"
+            # A host that hangs is given up after a minute.
+            " -o ServerAliveInterval=10 -o ServerAliveCountMax=6"
         )
     settings = {
         # The scripts beside this interpreter, also when the environment is not activated.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        # ssh and sudo must speak English for their complaints to be recognised; Ansible itself insists on UTF-8.
+        # What ssh and sudo complain of is recognised in English; Ansible itself insists on UTF-8.
         "LC_ALL": "C.UTF-8",
         "ANSIBLE_ROLES_PATH": str(content.roles()),
         "ANSIBLE_NOCOLOR": "1",
@@ -338,7 +351,7 @@ def _stop_on_signal(flag: Path) -> Iterator[_Stop]:
 
 @contextmanager
 def _private_directory() -> Iterator[Path]:
-    """A directory of mode 0700 that is removed in the end; those of runs that were killed are removed first."""
+    """A directory of mode 0700 that is removed in the end, as are now those of runs that were killed."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = Path(runtime) if runtime and os.access(runtime, os.W_OK) else Path(tempfile.gettempdir())
     _remove_leftovers(base)
@@ -365,4 +378,3 @@ def write_private(path: Path, text: str) -> None:
 
 def _open_private(path: Path) -> TextIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
-

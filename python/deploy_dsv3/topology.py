@@ -4,8 +4,8 @@ The convention:
 
 - One replica: group ``dsv3_head`` (exactly one host) and group ``dsv3_workers`` (any number of hosts, may be
   missing). A ``[dsv3:children]`` holding both is optional. The replica is called ``dsv3``.
-- Several replicas: ``[dsv3:children]`` lists replica groups; each, NAME, has the children ``NAME_head`` (exactly one
-  host) and ``NAME_workers``. Nothing else may be below ``dsv3``.
+- Several replicas: ``[dsv3:children]`` lists replica groups; each, NAME, has the children ``NAME_head``
+  (exactly one host) and ``NAME_workers``. Nothing else may be below ``dsv3``.
 - A host belongs to one replica and has one role.
 """
 
@@ -78,8 +78,8 @@ class Deployment:
         """The replicas that have all their hosts among `hosts`.
 
         Raises:
-            ConfigErrors: a replica is cut in two, or none is left. An engine runs on all hosts of its replica or
-                not at all, so half a replica cannot be deployed.
+            ConfigErrors: a replica is cut in two, or none is left. An engine runs on all hosts of its replica
+                or not at all, so half a replica cannot be deployed.
         """
         wanted = set(hosts)
         errors = []
@@ -127,11 +127,32 @@ def build(groups: Mapping[str, Group], *, source: str = "") -> Deployment:
     return _Builder(groups, source).build()
 
 
+def all_hosts(groups: Mapping[str, Group]) -> tuple[str, ...]:
+    """Every host that the groups of the convention name, however wrong they are otherwise."""
+    roots = (ROOT_GROUP, ROOT_GROUP + HEAD_SUFFIX, ROOT_GROUP + WORKERS_SUFFIX)
+    return tuple(dict.fromkeys(host for name in roots for host in members(groups, name)))
+
+
+def members(groups: Mapping[str, Group], name: str) -> tuple[str, ...]:
+    """All hosts below a group, each once; ends on a group that contains itself."""
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+    pending = [name]
+    while pending:
+        current = pending.pop(0)
+        if current in seen or current not in groups:
+            continue
+        seen.add(current)
+        found.update(dict.fromkeys(groups[current].hosts))
+        pending.extend(groups[current].children)
+    return tuple(found)
+
+
 def from_group_hosts(groups: Mapping[str, Sequence[str]]) -> Deployment:
     """Work out the deployment from Ansible's ``groups`` variable (group name to all hosts below it).
 
-    That variable knows nothing of parents and children, so a replica is a name with a ``NAME_head`` group whose
-    host is below ``dsv3`` (or ``dsv3_head`` alone). For code that runs inside a play.
+    That variable knows nothing of parents and children, so a replica is a name with a ``NAME_head`` group
+    whose host is below ``dsv3`` (or ``dsv3_head`` alone). For code that runs inside a play.
 
     Raises:
         ConfigErrors: as `build`.
@@ -140,7 +161,12 @@ def from_group_hosts(groups: Mapping[str, Sequence[str]]) -> Deployment:
     names = [
         name.removesuffix(HEAD_SUFFIX)
         for name, hosts in groups.items()
-        if name.endswith(HEAD_SUFFIX) and (name == ROOT_GROUP + HEAD_SUFFIX or below_root.intersection(hosts))
+        if name.endswith(HEAD_SUFFIX)
+        and (
+            name == ROOT_GROUP + HEAD_SUFFIX
+            # A group made during the play, such as one of all heads, has no replica group above it.
+            or (name.removesuffix(HEAD_SUFFIX) in groups and below_root.intersection(hosts))
+        )
     ]
     shaped = {name: Group(hosts=tuple(hosts)) for name, hosts in groups.items() if name != ROOT_GROUP}
     if names != [ROOT_GROUP]:
@@ -191,32 +217,25 @@ class _Builder:
                 "or in the two groups of each replica",
                 remedy=f"Move each host to [{ROOT_GROUP}{HEAD_SUFFIX}] or [{ROOT_GROUP}{WORKERS_SUFFIX}].",
             )
-        replicas = [child for child in children if child not in single]
-        uses_single = single.intersection(children) or single.intersection(
-            name for name, group in self._groups.items() if group.hosts or group.children
-        )
-        if not replicas and (uses_single or single.intersection(self._groups)):
-            return [ROOT_GROUP]
-        if replicas and uses_single:
+        for child in children:
+            if child not in single and not self._is_replica(child):
+                self._unknown_group(child)
+        replicas = [child for child in children if child not in single and self._is_replica(child)]
+        present = sorted(single.intersection(self._groups))
+        if replicas and present:
             self._error(
                 "one replica and several replicas are described at once",
                 key=ROOT_GROUP,
-                found=f"{', '.join(sorted(uses_single))} beside {', '.join(replicas)}",
+                found=f"{', '.join(present)} beside {', '.join(replicas)}",
                 expected=f"either {ROOT_GROUP}{HEAD_SUFFIX}/{ROOT_GROUP}{WORKERS_SUFFIX}, or replica groups",
-                remedy=f"Give the hosts of {ROOT_GROUP}{HEAD_SUFFIX} a replica group of their own, "
+                remedy=f"Give the hosts of {present[0]} a replica group of their own, "
                 f"or take the others out of [{ROOT_GROUP}:children].",
             )
-        if not replicas:
-            if not (root and root.hosts):
-                self._missing_head(ROOT_GROUP)
-            return []
-        known = []
-        for name in replicas:
-            if self._is_replica(name):
-                known.append(name)
-            else:
-                self._unknown_group(name)
-        return known
+        if replicas or present:
+            return replicas or [ROOT_GROUP]
+        if not self._errors:
+            self._missing_head(ROOT_GROUP)
+        return []
 
     def _is_replica(self, name: str) -> bool:
         group = self._groups.get(name)
@@ -281,8 +300,8 @@ class _Builder:
                         expected=f"{part} below {name}",
                         remedy=f"Add {part} to [{name}:children].",
                     )
-        heads = self._members(head_group)
-        workers = self._members(workers_group)
+        heads = members(self._groups, head_group)
+        workers = members(self._groups, workers_group)
         if not heads:
             self._missing_head(name)
         elif len(heads) > 1:
@@ -304,20 +323,6 @@ class _Builder:
                     remedy=f"Take {host} out of [{workers_group}]: the head runs GPUs as well.",
                 )
         return name, heads, workers
-
-    def _members(self, name: str) -> tuple[str, ...]:
-        """All hosts below a group, each once; ends on a group that contains itself."""
-        found: dict[str, None] = {}
-        seen: set[str] = set()
-        pending = [name]
-        while pending:
-            current = pending.pop(0)
-            if current in seen or current not in self._groups:
-                continue
-            seen.add(current)
-            found.update(dict.fromkeys(self._groups[current].hosts))
-            pending.extend(self._groups[current].children)
-        return tuple(found)
 
     def _check_overlaps(self, replicas: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]]) -> None:
         owner: dict[str, str] = {}

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
-from deploy_dsv3 import content, inventory, progress, runner, topology
-from deploy_dsv3.errors import ConfigErrors, Interrupted, UsageError
+from deploy_dsv3 import content, inventory, progress, runner, settings, topology
+from deploy_dsv3.errors import ConfigError, ConfigErrors, Interrupted, UsageError
+from deploy_dsv3.events import Failure, HostFailed, HostOk, Outcome, Record, StageStarted
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
-from deploy_dsv3.report import Report
+from deploy_dsv3.settings import Settings
 from deploy_dsv3.topology import Deployment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a verb came to: the exit status, the JSON document, and how to write it for people."""
+
+    exit_code: int
+    document: Mapping[str, Any]
+    render: Callable[[TextIO], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +37,7 @@ class Target:
         inventory: as loaded.
         deployment: the replicas chosen by ``--limit``.
         hosts: the hosts chosen by ``--limit``.
+        settings: checked settings of all hosts.
         warnings: what to look out for in inventory and settings.
         secrets: values that must not be shown.
     """
@@ -33,8 +45,20 @@ class Target:
     inventory: Inventory
     deployment: Deployment
     hosts: tuple[str, ...]
+    settings: Settings
     warnings: tuple[str, ...] = ()
     secrets: frozenset[str] = frozenset()
+
+    @property
+    def plain_settings(self) -> dict[str, dict[str, Any]]:
+        """Each host's settings by name, defaults included."""
+        return {host: self.settings.of(host) for host in self.settings.values}
+
+    def connections(self, options: Options) -> dict[str, dict[str, Any]]:
+        """Each host's variables for connecting, with the passwords that were typed."""
+        from deploy_dsv3 import observation
+
+        return observation.connections(self.inventory, self.deployment.hosts, _passwords(options))
 
 
 def load(options: Options, *, whole_replicas: bool) -> Target:
@@ -52,10 +76,7 @@ def load(options: Options, *, whole_replicas: bool) -> Target:
         extra_vars=options.extra_vars,
         vault=VaultOptions(password_files=options.vault_files, password=options.vault_password),
     )
-    deployment = topology.build(loaded.groups, source=loaded.label)
-    errors = inventory.check_hosts(loaded, deployment.hosts)
-    if errors:
-        raise ConfigErrors(errors)
+    deployment, checked = check(loaded)
     hosts = deployment.hosts
     if options.limit:
         chosen = set(loaded.select(options.limit))
@@ -66,22 +87,113 @@ def load(options: Options, *, whole_replicas: bool) -> Target:
         inventory=loaded,
         deployment=deployment,
         hosts=hosts,
-        warnings=loaded.warnings,
-        secrets=frozenset(filter(None, (options.vault_password, options.become_password))),
+        settings=checked,
+        warnings=(*loaded.warnings, *checked.warnings),
+        secrets=checked.secrets.union(filter(None, (options.vault_password, options.become_password))),
     )
 
 
-def deploy(options: Options) -> Report:
+def check(loaded: Inventory) -> tuple[Deployment, Settings]:
+    """Groups, hosts and settings of an inventory, with every mistake told at once.
+
+    Raises:
+        ConfigErrors: all mistakes.
+    """
+    errors: list[ConfigError] = []
+    deployment: Deployment | None = None
+    try:
+        deployment = topology.build(loaded.groups, source=loaded.label)
+        hosts = deployment.hosts
+    except ConfigErrors as problem:
+        errors.extend(problem)
+        hosts = topology.all_hosts(loaded.groups)
+    errors.extend(inventory.check_hosts(loaded, hosts))
+    checked: Settings | None = None
+    try:
+        checked = settings.resolve(loaded, hosts, deployment)
+    except ConfigErrors as problem:
+        errors.extend(problem)
+    if errors or deployment is None or checked is None:
+        raise ConfigErrors(errors)
+    return deployment, checked
+
+
+def deploy(options: Options) -> Result:
     """Take the hosts of an inventory to a served and verified model.
 
     Raises:
         DeployError: the run could not begin, or was stopped.
     """
     target = load(options, whole_replicas=True)
-    return _play("deploy", options, target)
+    return _play(
+        "deploy", options, target, verify_after=_stage_is_wanted("verify", options) and not options.check
+    )
 
 
-def destroy(options: Options, *, drivers: bool, weights: bool) -> Report:
+def verify(options: Options, *, junit: Path | None = None) -> Result:
+    """Look at every host of a running deployment, and at its endpoint; changes nothing.
+
+    Args:
+        options: the command line.
+        junit: where to write the checks as JUnit XML, if anywhere.
+
+    Raises:
+        DeployError: it could not begin.
+    """
+    from deploy_dsv3 import verification
+
+    target = load(options, whole_replicas=True)
+    _note(f"verify: looking at {', '.join(target.hosts)}")
+    found = verification.verify(
+        target.deployment, target.plain_settings, target.connections(options), junit=junit
+    )
+    return Result(
+        exit_code=found.exit_code,
+        document={**found.as_dict(), "verb": "verify", "warnings": list(target.warnings)},
+        render=lambda stream: verification.render(found, stream),
+    )
+
+
+def status(options: Options, *, canary: bool = False) -> Result:
+    """Tell how a deployment is doing; changes nothing.
+
+    Args:
+        options: the command line.
+        canary: also ask each endpoint for a completion of one token.
+
+    Raises:
+        DeployError: it could not begin.
+    """
+    from deploy_dsv3 import status as status_module
+
+    target = load(options, whole_replicas=True)
+    found = status_module.collect(
+        target.deployment, target.plain_settings, target.connections(options), canary=canary
+    )
+    return Result(
+        exit_code=found.exit_code,
+        document=found.as_dict(),
+        render=lambda stream: status_module.render(found, stream),
+    )
+
+
+def list_settings(options: Options | None) -> Result:
+    """List every setting with its value on the inventory's hosts; defaults alone without an inventory.
+
+    Raises:
+        ConfigErrors: the inventory or its settings are wrong.
+    """
+    from deploy_dsv3 import settings_text
+
+    checked = load(options, whole_replicas=False).settings if options else None
+    return Result(
+        exit_code=0,
+        document=settings_text.document(checked),
+        render=lambda stream: settings_text.render(checked, stream),
+    )
+
+
+def destroy(options: Options, *, drivers: bool, weights: bool) -> Result:
     """Remove what a deployment created.
 
     Args:
@@ -118,15 +230,22 @@ def _confirm(options: Options, target: Target, *, drivers: bool, weights: bool) 
 
 
 def _play(
-    verb: str, options: Options, target: Target, *, extra_vars: Mapping[str, Any] | None = None
-) -> Report:
+    verb: str,
+    options: Options,
+    target: Target,
+    *,
+    extra_vars: Mapping[str, Any] | None = None,
+    verify_after: bool = False,
+) -> Result:
+    from deploy_dsv3 import report as report_module
+
     started = time.monotonic()
     log = runner.RunLog(verb, target.secrets)
     job = runner.Job(
         playbook=content.playbook(verb),
         inventories=options.inventories,
         hosts=len(target.hosts),
-        extra_vars=extra_vars or {},
+        extra_vars={**target.settings.extra_vars, **(extra_vars or {})},
         user_extra_vars=options.extra_vars,
         limit=options.limit,
         tags=options.tags,
@@ -134,21 +253,18 @@ def _play(
         check=options.check,
         diff=options.diff,
         verbosity=options.verbosity,
-        passwords=runner.Passwords(
-            become=options.become_password,
-            become_file=options.become_file,
-            vault=options.vault_password,
-            vault_files=options.vault_files,
-        ),
-        secrets=target.secrets,
+        passwords=_passwords(options),
     )
+    verification: Any = None
     with log, progress.choose(target.hosts, json=options.json) as shown:
         try:
             outcome = runner.run(job, log=log, on_record=shown.show)
+            if verify_after and outcome.exit_code == 0:
+                verification = _verify_stage(target, options, outcome, shown.show)
         except Interrupted as error:
             error.remedy += f" The log is in {log.directory}."
             raise
-    return Report(
+    report = report_module.Report(
         verb=verb,
         exit_code=outcome.exit_code,
         seconds=time.monotonic() - started,
@@ -156,5 +272,65 @@ def _play(
         outcome=outcome,
         check=options.check,
         warnings=target.warnings,
+        verification=verification,
         log=log.directory,
     )
+    return Result(
+        exit_code=report.exit_code,
+        document=report.as_dict(),
+        render=lambda stream: report_module.render(report, stream),
+    )
+
+
+def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Callable[[Record], None]) -> Any:
+    """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure."""
+    from deploy_dsv3 import verification
+
+    def tell(record: Record) -> None:
+        outcome.add(record)
+        show(record)
+
+    tell(
+        StageStarted(time=time.time(), stage="verify", title="every host and the endpoint, as clients see it")
+    )
+    found = verification.verify(target.deployment, target.plain_settings, target.connections(options))
+    for host in target.hosts:
+        bad = [check for check in found.failures if check.host == host]
+        task = f"{sum(check.host == host for check in found.checks)} checks"
+        common: dict[str, Any] = {"time": time.time(), "stage": "verify", "host": host, "task": task}
+        if not bad:
+            tell(HostOk(**common))
+            continue
+        failure = Failure(
+            host=host,
+            stage="verify",
+            task=bad[0].check,
+            code="verification",
+            message="\n".join(f"{check.check}: {check.message}" for check in bad),
+            remedy="`deploy-dsv3 verify` looks again; `deploy-dsv3 status` tells how it is doing.",
+            unreachable=host in found.unreachable,
+        )
+        tell(HostFailed(**common, failure=failure))
+    outcome.close(time.time())
+    return found
+
+
+def _passwords(options: Options) -> runner.Passwords:
+    return runner.Passwords(
+        become=options.become_password,
+        become_file=options.become_file,
+        vault=options.vault_password,
+        vault_files=options.vault_files,
+    )
+
+
+def _stage_is_wanted(stage: str, options: Options) -> bool:
+    wanted = [tag.strip() for tag in options.tags.split(",") if tag.strip()]
+    unwanted = [tag.strip() for tag in options.skip_tags.split(",")]
+    return (not wanted or stage in wanted or "all" in wanted) and stage not in unwanted
+
+
+def _note(text: str) -> None:
+    """A word to whoever waits at a terminal."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)

@@ -332,3 +332,37 @@ def test_a_refusal_is_rendered_with_its_reasons_and_no_cache() -> None:
     for text in (rendered(answer), capacity.markdown(answer)):
         assert "79.5 GiB of weights" in text
         assert "blocks of" not in text
+
+
+DOCUMENTED = {
+    "V3, 16 × H800 80 GB, tp 16": (V3, two_nodes()),
+    "V3, 8 × H20 96 GB, tp 8": (V3, Serving(gpus=8, **H20, layout=Layout(tp=8))),
+    "V3, 16 × H20 96 GB, tp 16": (V3, Serving(gpus=16, **H20, layout=Layout(tp=16))),
+    "V3, 8 × H200 141 GB, tp 8": (V3, Serving(gpus=8, **H200, layout=Layout(tp=8))),
+    "V3, 16 × H800 80 GB, dp 16 ep 16, batch 256": (
+        V3,
+        two_nodes(layout=Layout(dp=16, ep=16), max_batch_size=256),
+    ),
+    "V3, 16 × H200 141 GB, dp 16 ep 16, batch 256": (
+        V3,
+        Serving(gpus=16, **H200, layout=Layout(dp=16, ep=16), max_batch_size=256),
+    ),
+    "V3.2, 16 × H800 80 GB, tp 16": (V32, two_nodes()),
+    "V3.2, 8 × H200 141 GB, tp 8": (V32, Serving(gpus=8, **H200, layout=Layout(tp=8))),
+}
+
+
+@pytest.mark.parametrize("fleet", DOCUMENTED)
+def test_the_documented_examples_are_what_the_code_says(fleet: str) -> None:
+    answer = estimate(*DOCUMENTED[fleet])
+    sizes = (answer.weights, answer.overhead + answer.expert_buffers, answer.runtime_reserve)
+    counts = (
+        answer.blocks,
+        answer.tokens,
+        answer.sequences(4096),
+        answer.sequences(32768),
+        answer.sensible_max_batch_size,
+    )
+    cells = [fleet, *(f"{size / GIB:.1f}" for size in sizes), *map(str, counts)]
+    page = Path(__file__).parents[2] / "docs" / "capacity.md"
+    assert f"| {' | '.join(cells)} |" in page.read_text(encoding="utf-8")

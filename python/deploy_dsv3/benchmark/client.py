@@ -268,7 +268,6 @@ class Client:
         """
         run = run or RowRun()
         turn = asyncio.Semaphore(concurrency) if concurrency else None
-        stop = asyncio.Event()
         begun = time.perf_counter()
         failures_in_a_row = 0
 
@@ -282,11 +281,10 @@ class Client:
             run.outcomes.append(outcome)
             if outcome.error:
                 failures_in_a_row += 1
-                if failures_in_a_row >= _FAILURES_MEANING_GONE:
-                    run.gone = (
-                        run.gone or f"the last {failures_in_a_row} requests all failed: {outcome.error}"
-                    )
-                    stop.set()
+                if failures_in_a_row >= _FAILURES_MEANING_GONE and not run.gone:
+                    run.gone = f"the last {failures_in_a_row} requests all failed: {outcome.error}"
+                    for task in tasks:
+                        task.cancel()
             else:
                 failures_in_a_row = 0
                 run.itls.extend(outcome.itl)
@@ -301,12 +299,15 @@ class Client:
                     await turn.acquire()
                 if (early := begun + arrival - time.perf_counter()) > 0:
                     await asyncio.sleep(early)
-                if stop.is_set():
+                if run.gone:
                     break
                 tasks.add(asyncio.create_task(one(request)))
-            await _first_of(stop, tasks)
-            run.duration = time.perf_counter() - begun
+            await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            if not run.gone:
+                raise
         finally:
+            run.duration = time.perf_counter() - begun
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -398,20 +399,6 @@ class Client:
                 timeline.events[timeline.at(now - begun)] += events
         if not done:
             outcome.error = "the stream ended without [DONE]"
-
-
-async def _first_of(stop: asyncio.Event, tasks: set[asyncio.Task[None]]) -> None:
-    """Wait until all tasks have ended or the event is set; a task's exception is raised here."""
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        waiting: set[asyncio.Task[Any]] = set(tasks)
-        while waiting and not stop.is_set():
-            ended, _ = await asyncio.wait({stopped, *waiting}, return_when=asyncio.FIRST_EXCEPTION)
-            for task in ended & waiting:
-                task.result()
-            waiting -= ended
-    finally:
-        stopped.cancel()
 
 
 def _tls(endpoint: Endpoint) -> ssl.SSLContext | bool:

@@ -38,9 +38,11 @@ class Row:
     """Nominal output length [tokens]; 0: the dataset's own (ShareGPT)."""
     max_batch_size: int = 0
     """The server's `--max-batch-size` that the row calls for; 0 accepts any."""
+    concurrency: int = 0
+    """Most requests in flight; 0: no limit, as upstream."""
     published: Published | None = None
-    shortened_from: int = 0
-    """The published number of prompts, where fewer were asked for; 0 otherwise."""
+    published_prompts: int = 0
+    """Prompts behind the published figures; where the row has fewer, the two do not compare."""
 
     @property
     def name(self) -> str:
@@ -68,8 +70,6 @@ class Plan:
     """ShareGPT's JSON file; empty: synthetic text (dataset `random` only)."""
     request_rate: float = 0.0
     """Poisson arrivals [requests/s]; 0: all requests at once."""
-    concurrency: int = 0
-    """Most requests in flight; 0: no limit, as upstream."""
     schema: int = field(default=SCHEMA)
 
     def fingerprint(self) -> str:

@@ -107,7 +107,7 @@ class Sweep:
         tokenizer: Tokenizer | None,
     ) -> None:
         plan, folder = self._plan, self._folder
-        check_open_files(min(row.num_prompts, plan.concurrency or row.num_prompts))
+        check_open_files(min(row.num_prompts, row.concurrency or row.num_prompts))
         self.say("warming up", row=row.name)
         await client.warm_up(model, workload.requests[0])
         await asyncio.sleep(_REST_AFTER_WARM_UP_S)
@@ -119,7 +119,7 @@ class Sweep:
                 await client.run(
                     model,
                     workload,
-                    concurrency=plan.concurrency,
+                    concurrency=row.concurrency,
                     finished=lambda outcome: _write_line(lines, outcome),
                     run=run,
                 )

@@ -1,7 +1,7 @@
 """Ansible callback: stops the run between two tasks when the operator asked for it.
 
-Ansible answers SIGINT by killing the modules that are running. deploy-dsv3 writes a file instead, and this plugin,
-called before each task, stops the run as Ctrl-C would, at a moment when nothing runs.
+Ansible answers SIGINT by killing the modules that are running. deploy-dsv3 writes a file instead, and this
+plugin, called before each task, stops the run as Ctrl-C would, at a moment when nothing runs.
 """
 
 from __future__ import annotations

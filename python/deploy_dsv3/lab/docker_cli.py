@@ -78,7 +78,9 @@ class DockerCli:
         """
         self.run("cp", "-", f"{container}:/", stdin=archive(files))
 
-    def extend(self, base: str, tag: str, script: str, files: Mapping[str, File], changes: Sequence[str] = ()) -> None:
+    def extend(
+        self, base: str, tag: str, script: str, files: Mapping[str, File], changes: Sequence[str] = ()
+    ) -> None:
         """Make image `tag` from `base`: lay down files, run a script as root, keep the result."""
         name = f"dsv3-build-{tag.replace('/', '-').replace(':', '-')}"
         self.run("rm", "--force", name, check=False)

@@ -132,7 +132,8 @@ def load(name: str) -> Profile:
         return Profile.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'profile'}: {problem['msg']}" for problem in error.errors()
+            f"{'.'.join(map(str, problem['loc'])) or 'profile'}: {problem['msg']}"
+            for problem in error.errors()
         )
         raise LabUsageError(f"hardware profile {name}: {problems}", remedy="Correct the profile.") from error
 
@@ -145,12 +146,15 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LabUsageError(
-            f"there is no hardware profile {name}", remedy=f"Use one of {', '.join(names())}, or the path of a file."
+            f"there is no hardware profile {name}",
+            remedy=f"Use one of {', '.join(names())}, or the path of a file.",
         ) from error
     except yaml.YAMLError as error:
         raise LabUsageError(f"hardware profile {path}: {error}", remedy="Correct the YAML.") from error
     if not isinstance(fields, dict):
-        raise LabUsageError(f"hardware profile {path} is not a mapping", remedy="See the profiles of the lab.")
+        raise LabUsageError(
+            f"hardware profile {path} is not a mapping", remedy="See the profiles of the lab."
+        )
     parent = fields.get("extends")
     return _merge(_read(str(parent), (*seen, name)), fields) if parent else fields
 
@@ -175,9 +179,11 @@ def describe(profile: Profile, *, host: str, number: int) -> dict[str, Any]:
         "host": host,
         "gpus": [_gpu(profile, host, index) for index in range(profile.gpus.count)],
         "nvswitches": [
-            {"pci_slot": f"0000:{0xD0 + index:02x}:00.0", "pci_device": "0x22a3"} for index in range(profile.nvswitches)
+            {"pci_slot": f"0000:{0xD0 + index:02x}:00.0", "pci_device": "0x22a3", "numa": 1}
+            for index in range(profile.nvswitches)
         ],
         "hcas": [_hca(profile.hcas, number, index) for index in range(len(profile.hcas.names))],
+        "management": {"pci_slot": "0000:01:00.0", "pci_device": "0x1572", "numa": 0},
         "nouveau": profile.nouveau,
     }
 

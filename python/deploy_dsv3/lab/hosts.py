@@ -6,6 +6,7 @@ import json
 import resource
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 from . import hardware, machine, model, network, shell
 from .docker_cli import DockerCli, File
 from .errors import LabError
-from .images import ADMIN_UID, ADMIN_USER
+from .images import ADMIN_UID, ADMIN_USER, fingerprint
 
 MODEL_PATH = "/data/models/DeepSeek-V3"
 #: Where a host finds its hardware.json; mounted from the lab's state.
 HARDWARE_PATH = "/var/lib/dsv3-lab"
 
+_BIRTH_LABEL = "io.deploy-dsv3.lab.birth"
 _SHARED_MEMORY = "8g"  # a limit, not a reservation: Ray's object store lives in it
 _VOLUMES = {"docker": "/var/lib/docker", "containerd": "/var/lib/containerd"}
 _BOOT_TIMEOUT_S = 90.0
@@ -101,10 +103,16 @@ class Host:
         found = self.docker.inspect("container", self.container)
         return str(found["State"]["Status"]) if found else "absent"
 
-    def image(self) -> str:
-        """The image its container was made from; empty if there is none."""
+    def is_as_born(self, image: str) -> bool:
+        """Whether its container was made from this image and with all that its profile decides at birth."""
         found = self.docker.inspect("container", self.container)
-        return str(found["Config"]["Image"]) if found else ""
+        return found is not None and found["Config"]["Labels"].get(_BIRTH_LABEL) == self._birth(image)
+
+    def _birth(self, image: str) -> str:
+        profile = self.record.hardware_profile()
+        return fingerprint(
+            image, profile.sudo, str(profile.nouveau), *map(str, sorted(profile.born_with.items()))
+        )
 
     def create(self, image: str, authorized_key: str) -> None:
         """Make it: a bare server with an administrator's key and a model directory, switched off."""
@@ -115,7 +123,9 @@ class Host:
         self.docker.run(*self.create_arguments(image))
         self.docker.copy_in(self.container, self._birth_files(authorized_key))
 
-    def create_arguments(self, image: str, *, status: str | None = None, mounts: str | None = None) -> list[str]:
+    def create_arguments(
+        self, image: str, *, status: str | None = None, mounts: str | None = None
+    ) -> list[str]:
         """Arguments of ``docker create`` for a container that boots systemd and runs a Docker of its own.
 
         ``--privileged`` would ask for capabilities that a machine may not have, so they are named one by one.
@@ -126,7 +136,7 @@ class Host:
             "create",
             f"--name={self.container}",
             f"--hostname={self.name}",
-            *_labels({**self.labels, "io.deploy-dsv3.lab.role": "host"}),
+            *_labels({**self.labels, "io.deploy-dsv3.lab.role": "host", _BIRTH_LABEL: self._birth(image)}),
             f"--network=dsv3-{self.lab}",
             f"--network-alias={self.name}",
             f"--ip={self.address}",
@@ -134,7 +144,10 @@ class Host:
             "--stop-signal=SIGRTMIN+3",  # systemd: halt
             "--cgroupns=host",
             f"--volume={cgroups}:/sys/fs/cgroup:rw",
-            *(f"--tmpfs={path}:exec,mode={mode}" for path, mode in (("/run", 755), ("/run/lock", 1777), ("/tmp", 1777))),
+            *(
+                f"--tmpfs={path}:exec,mode={mode}"
+                for path, mode in (("/run", 755), ("/run/lock", 1777), ("/tmp", 1777))
+            ),
             *(f"--volume={volume}:{target}" for volume, target in self.volumes.items()),
             f"--volume={self.folder / 'hardware'}:{HARDWARE_PATH}:ro",
             f"--shm-size={_SHARED_MEMORY}",
@@ -151,12 +164,19 @@ class Host:
         password = "" if self.record.hardware_profile().sudo == "password" else "NOPASSWD:"
         home = {"uid": ADMIN_UID, "gid": ADMIN_UID}
         files = {
+            "/etc/machine-id": File(content=f"{uuid.uuid4().hex}\n".encode(), mode=0o444),
             "/etc/ssh/ssh_host_ed25519_key": File(content=key.read_bytes(), mode=0o600),
             "/etc/ssh/ssh_host_ed25519_key.pub": File(content=key.with_suffix(".pub").read_bytes()),
-            f"/etc/sudoers.d/{ADMIN_USER}": File(content=f"{ADMIN_USER} ALL=(ALL:ALL) {password}ALL\n".encode(), mode=0o440),
-            f"/home/{ADMIN_USER}/.ssh/authorized_keys": File(content=authorized_key.encode(), mode=0o600, **home),
+            f"/etc/sudoers.d/{ADMIN_USER}": File(
+                content=f"{ADMIN_USER} ALL=(ALL:ALL) {password}ALL\n".encode(), mode=0o440
+            ),
+            f"/home/{ADMIN_USER}/.ssh/authorized_keys": File(
+                content=authorized_key.encode(), mode=0o600, **home
+            ),
         }
-        return files | {f"{MODEL_PATH}/{name}": File(content=content) for name, content in model.files().items()}
+        return files | {
+            f"{MODEL_PATH}/{name}": File(content=content) for name, content in model.files().items()
+        }
 
     def start(self) -> None:
         """Switch it on, or leave it on; returns when SSH answers."""
@@ -166,11 +186,7 @@ class Host:
     def stop(self, *, power_cut: bool = False) -> None:
         """Switch it off: an orderly halt, or as if the power failed."""
         if power_cut:
-            # `docker stop` also keeps the restart policy from switching it on again; `kill` alone does not.
-            self.docker.run("update", "--restart=no", self.container)
-            self.docker.run("kill", self.container, check=False)
-            self.docker.run("wait", self.container)
-            self.docker.run("update", "--restart=unless-stopped", self.container)
+            self.docker.run("kill", self.container)
         else:
             self.docker.run("stop", f"--time={_STOP_TIMEOUT_S}", self.container)
 
@@ -205,10 +221,12 @@ class Host:
                     remedy=f"deploy-dsv3 lab down && deploy-dsv3 lab up; the container is {self.container}.",
                 )
             time.sleep(0.2)
-        settled = self.run(["systemctl", "is-system-running", "--wait"], check=False).stdout.strip()
-        if settled != "running":
-            failed = self.run(["systemctl", "--failed", "--plain", "--no-legend"], check=False).stdout.strip()
-            raise LabError(f"{self.name}: systemd is {settled or 'not answering'}: {failed}")
+        self.run(["systemctl", "is-system-running", "--wait"], check=False)
+
+    def failed_units(self) -> list[str]:
+        """Units of systemd that failed."""
+        listing = self.run(["systemctl", "--failed", "--plain", "--no-legend"], check=False).stdout
+        return [line.split()[0] for line in listing.splitlines()]
 
     def remove(self) -> None:
         """Remove its container and volumes; its keys stay, so that a new one is the same host to its clients."""

@@ -14,7 +14,6 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine, outer_engine, shell
@@ -23,9 +22,7 @@ from .errors import LabError
 from .paths import FILES, LabPaths
 
 #: What a Debian server carries that a minimal debootstrap lacks; nothing of ours or of Docker.
-_SERVER_PACKAGES = (
-    "ca-certificates dbus iproute2 iputils-ping kmod openssh-server procps python3 sudo systemd systemd-sysv".split()
-)
+_SERVER_PACKAGES = "ca-certificates dbus iproute2 iputils-ping kmod openssh-server procps python3 sudo systemd systemd-sysv".split()
 _SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent")
 _PULLED = "debian:{suite}"
 
@@ -39,19 +36,11 @@ for tool in modprobe lsmod modinfo; do
 done
 ln -s /usr/lib/dsv3-lab/kernel.py /usr/sbin/update-initramfs
 useradd --uid {ADMIN_UID} --create-home --shell /bin/bash {ADMIN_USER}
+install --directory --owner={ADMIN_USER} --group={ADMIN_USER} --mode=0700 /home/{ADMIN_USER}/.ssh
 rm -f /etc/ssh/ssh_host_* /etc/machine-id /var/lib/dbus/machine-id
 systemctl --quiet enable ssh.service
 systemctl --quiet mask getty.target console-getty.service apt-daily.timer apt-daily-upgrade.timer
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Tags of the images of a lab."""
-
-    debian: str
-    host: str
-    services: str
 
 
 def fingerprint(*parts: str | bytes) -> str:
@@ -124,7 +113,9 @@ def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirro
         docker.extend(f"{tag}-bare", tag, ":", files, ['CMD ["/bin/bash"]'])
         docker.run("rmi", f"{tag}-bare")
     finally:
-        shell.run(shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False)
+        shell.run(
+            shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False
+        )
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -154,3 +145,16 @@ def services(docker: DockerCli, base: str) -> str:
     if not exists(docker, tag):
         docker.extend(base, tag, script, {})
     return tag
+
+
+def tidy(docker: DockerCli) -> None:
+    """Remove images of earlier fingerprints, except those that containers were made from."""
+    listing = docker.run(
+        "images", "--format", "{{.Repository}} {{.Tag}}", "--filter=reference=dsv3-lab/*"
+    ).stdout
+    seen: set[str] = set()
+    for line in listing.splitlines():  # the newest first
+        repository, tag = line.split()
+        if repository != "dsv3-lab/debian" and repository in seen:
+            docker.run("rmi", f"{repository}:{tag}", check=False)
+        seen.add(repository)

@@ -5,11 +5,14 @@ Only variables that a real site could set as well; nothing says "lab" to a role.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hosts
+from . import hosts, images
+
+_FILES = ("hosts.ini", "group_vars/all.yml")
 
 _HOSTS = """\
 # Written by `deploy-dsv3 lab up`; `lab up` writes it again. A SIMULATION: the GPUs of these hosts do not exist.
@@ -77,11 +80,13 @@ def render(site: Site) -> dict[str, str]:
     lines = [f"{host.name} ansible_host={host.address}" for host in site.hosts]
     become = ""
     if site.password_file:
-        become = f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
+        become = (
+            f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
+        )
     return {
         "hosts.ini": _HOSTS.format(head=lines[0], workers="\n".join(lines[1:])).rstrip() + "\n",
         "group_vars/all.yml": _ALL.format(
-            user=hosts.ADMIN_USER,
+            user=images.ADMIN_USER,
             key=site.key,
             known_hosts=site.known_hosts,
             become=become,
@@ -101,3 +106,12 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_text() != content:
             path.write_text(content)
+
+
+def remove(folder: Path) -> None:
+    """Remove what `write` wrote; a person may keep more in the directory."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for directory in (folder / "group_vars", folder):
+        with contextlib.suppress(OSError):
+            directory.rmdir()

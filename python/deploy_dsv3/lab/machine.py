@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -64,7 +63,9 @@ def apt_mirror(explicit: str = "") -> AptMirror:
     targets = ""
     if shell.which("apt-get"):
         template = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
-        targets = shell.run(["apt-get", "indextargets", "--format", template, "Created-By: Packages"], check=False).stdout
+        targets = shell.run(
+            ["apt-get", "indextargets", "--format", template, "Created-By: Packages"], check=False
+        ).stdout
     mirror = parse_apt(targets.splitlines(), dump.splitlines(), explicit)
     if mirror is None:
         raise LabError(
@@ -103,21 +104,6 @@ def ca_bundle() -> Path | None:
     """The machine's bundle of trusted CAs; a private one may be in it."""
     named = os.environ.get("SSL_CERT_FILE", "")
     return next((Path(path) for path in (named, *_CA_BUNDLES) if path and Path(path).is_file()), None)
-
-
-def pip_config() -> dict[str, str]:
-    """Index settings of pip on this machine that also hold elsewhere: no local paths. Keys as in pip.conf."""
-    listing = shell.run(["python3", "-m", "pip", "config", "list"], check=False).stdout
-    found = {}
-    for line in listing.splitlines():
-        name, _, value = line.partition("=")
-        name = re.sub(r"^(global|install|:env:)\.", "", name)
-        if name not in ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout"):
-            continue
-        kept = [word for word in str(ast.literal_eval(value)).split() if not word.startswith(("file:", "/"))]
-        if kept:
-            found[name] = " ".join(kept)
-    return found
 
 
 def capabilities(status: str | None = None) -> list[str]:

@@ -30,7 +30,12 @@ _CONFIG = {
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
     "torch_dtype": "bfloat16",
     "v_head_dim": 128,
     "vocab_size": 129280,
@@ -50,7 +55,11 @@ def files() -> dict[str, bytes]:
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
-        "model": {"type": "WordLevel", "vocab": {"<|begin▁of▁sentence|>": 0, "<|end▁of▁sentence|>": 1}, "unk_token": ""},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {"<|begin▁of▁sentence|>": 0, "<|end▁of▁sentence|>": 1},
+            "unk_token": "",
+        },
     }
     documents = {
         "config.json": _CONFIG,
@@ -59,11 +68,16 @@ def files() -> dict[str, bytes]:
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 16384},
     }
-    return {**{name: json.dumps(value, indent=2).encode() + b"\n" for name, value in documents.items()}, **shards}
+    return {
+        **{name: json.dumps(value, indent=2).encode() + b"\n" for name, value in documents.items()},
+        **shards,
+    }
 
 
 def safetensors(name: str, data: bytes) -> bytes:
     """A safetensors file with one tensor of bytes: length of the header, header, data (the format's specification)."""
-    header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    header = json.dumps(
+        {name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}
+    ).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + data

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from .errors import LabError
 
-_RANGE = ipaddress.ip_network("198.18.0.0/16")
+_RANGE = ipaddress.IPv4Network("198.18.0.0/16")
 _PACKAGES, _REGISTRY, _FIRST_HOST = 2, 3, 11
 MAX_HOSTS = 64
 
@@ -17,19 +17,21 @@ def choose_subnet(lab: str, taken: Iterable[str]) -> str:
     """A free /24 for a lab; the same for the same name if nothing is in the way.
 
     Args:
-        taken: networks in CIDR notation that are in use on this machine.
+        taken: IPv4 networks in CIDR notation that are in use on this machine.
 
     Raises:
         LabError: none is free.
     """
-    used = [ipaddress.ip_network(cidr, strict=False) for cidr in taken]
+    used = [ipaddress.IPv4Network(cidr, strict=False) for cidr in taken]
     candidates = list(_RANGE.subnets(new_prefix=24))
     first = 0 if lab == "lab" else hashlib.sha256(lab.encode()).digest()[0]
     for step in range(len(candidates)):
         candidate = candidates[(first + step) % len(candidates)]
-        if not any(candidate.version == other.version and candidate.overlaps(other) for other in used):
+        if not any(candidate.overlaps(other) for other in used):
             return str(candidate)
-    raise LabError(f"no network of {_RANGE} is free for the lab", remedy="Stop another lab: deploy-dsv3 lab status.")
+    raise LabError(
+        f"no network of {_RANGE} is free for the lab", remedy="Stop another lab: deploy-dsv3 lab status."
+    )
 
 
 def packages_address(subnet: str) -> str:

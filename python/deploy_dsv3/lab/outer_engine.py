@@ -179,7 +179,9 @@ def choose(paths: LabPaths, choice: Choice = "auto") -> OuterEngine:
     if not refusal:
         return RunningEngine(host=host)
     if choice == "running":
-        raise LabError(f"the Docker engine at {host} cannot carry the lab: {refusal}", remedy="Use --engine private.")
+        raise LabError(
+            f"the Docker engine at {host} cannot carry the lab: {refusal}", remedy="Use --engine private."
+        )
     return PrivateEngine(paths=paths)
 
 
@@ -244,7 +246,8 @@ def install(packages: list[str]) -> None:
         return
     if shell.which("apt-get") is None:
         raise LabError(
-            f"{', '.join(sorted(set(packages)))} is not installed", remedy="Install it with the packages of this machine."
+            f"{', '.join(sorted(set(packages)))} is not installed",
+            remedy="Install it with the packages of this machine.",
         )
     with _no_service_starts():
         environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
@@ -259,7 +262,9 @@ def _no_service_starts() -> Iterator[None]:
     if _POLICY.exists():
         yield
         return
-    shell.run(shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n")
+    shell.run(
+        shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n"
+    )
     try:
         yield
     finally:

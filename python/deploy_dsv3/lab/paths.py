@@ -46,7 +46,9 @@ def default_paths() -> LabPaths:
     checkout = _PACKAGE.parents[2]
     if (checkout / "pyproject.toml").is_file() and (checkout / "playbooks").is_dir():
         return LabPaths(
-            state=checkout / ".lab", cache=checkout / ".cache" / "lab", inventory=str(checkout / "inventory" / "{name}")
+            state=checkout / ".lab",
+            cache=checkout / ".cache" / "lab",
+            inventory=str(checkout / "inventory" / "{name}"),
         )
     home = Path.home()
     state = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "deploy-dsv3" / "lab"

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import network
+from . import machine, network, packages
 from .docker_cli import DockerCli, File
 from .errors import LabError
+from .hosts import Host
 
 #: The engine image's true name, which the registry serves as a mirror of Docker Hub.
 ENGINE_IMAGE = "openmmlab/lmdeploy"
@@ -79,7 +80,13 @@ class Services:
         _wait(f"http://{self.registry}/v2/")
 
     def _ensure(
-        self, role: str, image: str, address: str, options: list[str], command: list[str], files: dict[str, File]
+        self,
+        role: str,
+        image: str,
+        address: str,
+        options: list[str],
+        command: list[str],
+        files: dict[str, File],
     ) -> None:
         name = f"dsv3-{self.lab}-{role}"
         found = self.docker.inspect("container", name)
@@ -116,7 +123,11 @@ class Services:
             raise LabError(f"the image {local} is not there")
         if self._served_image_id() == found["Id"]:
             return False
-        port = self.docker.run("port", f"dsv3-{self.lab}-registry", str(_REGISTRY_PORT)).stdout.split()[0].rsplit(":", 1)[1]
+        port = (
+            self.docker.run("port", f"dsv3-{self.lab}-registry", str(_REGISTRY_PORT))
+            .stdout.split()[0]
+            .rsplit(":", 1)[1]
+        )
         # 127.0.0.0/8 needs no TLS for any daemon, so a running engine's settings stay as they are.
         target = f"127.0.0.1:{port}/{ENGINE_IMAGE}:{ENGINE_TAG}"
         self.docker.run("tag", local, target)
@@ -125,6 +136,22 @@ class Services:
         finally:
             self.docker.run("rmi", target)
         return True
+
+    def install(self, host: Host, wanted: Mapping[str, str]) -> None:
+        """Install packages of the repository on a host without telling its apt of the repository.
+
+        Args:
+            wanted: name to version.
+        """
+        found = packages.closure(packages.plan(machine.kernel_release()), wanted)
+        files = {
+            f"/var/tmp/{p.deb}": File(content=packages.deb_path(self.repository, p).read_bytes())
+            for p in found
+        }
+        host.docker.copy_in(host.container, files)
+        host.run(["sh", "-c", 'dpkg --install "$@"; code=$?; rm -f "$@"; exit $code', "install", *files])
+        # The vendor leaves the fabric manager to the administrator to enable.
+        host.run(["systemctl", "enable", "nvidia-fabricmanager.service"], check=False)
 
     def _served_image_id(self) -> str:
         request = urllib.request.Request(

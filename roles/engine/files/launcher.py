@@ -189,7 +189,11 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """serve.json: what the head runs. `fingerprint` changes with the file and with the key file."""
+    """serve.json: what the head runs.
+
+    `fingerprint` changes with the file and with the key file; `digest` is the file's own SHA-256, which status.json
+    repeats, so that whoever wrote the file can see that it is the one being served.
+    """
 
     argv: tuple[str, ...]
     address: str
@@ -197,6 +201,7 @@ class Serve:
     model_name: str
     api_keys_file: str
     fingerprint: str
+    digest: str
 
 
 def load_node(path: Path) -> Node:
@@ -241,6 +246,7 @@ def load_serve(path: Path) -> Serve:
         model_name=top.text("model_name"),
         api_keys_file=keys_file,
         fingerprint=hashlib.sha256(raw.encode() + b"\0" + secret.encode()).hexdigest(),
+        digest=hashlib.sha256(raw.encode()).hexdigest(),
     )
 
 
@@ -279,7 +285,15 @@ def _document(path: Path, raw: str) -> Section:
 # Command lines
 
 
-def ray_start_argv(node: Node, ray: str, *, dashboard: bool) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class RayExtras:
+    """What the image's Ray was installed with besides its core; LMDeploy's images have neither."""
+
+    dashboard: bool = False
+    client: bool = False
+
+
+def ray_start_argv(node: Node, ray: str, extras: RayExtras) -> list[str]:
     """Return `ray start` for this node, with every port and address pinned.
 
     The node's address is pinned because LMDeploy's placement group asks for the resource `node:<address>`, which is
@@ -294,10 +308,11 @@ def ray_start_argv(node: Node, ray: str, *, dashboard: bool) -> list[str]:
             f"--port={ports.port}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={ports.dashboard_port}",
-            f"--ray-client-server-port={ports.client_server_port}",
         ]
-        if not dashboard:
+        if not extras.dashboard:
             argv.append("--include-dashboard=false")
+        if extras.client:  # a Ray without it refuses the option
+            argv.append(f"--ray-client-server-port={ports.client_server_port}")
     else:
         argv = [ray, "start", f"--address={node.head}"]
     argv += [
@@ -344,10 +359,12 @@ def interpreter_of(script: str) -> str:
     return sys.executable
 
 
-def has_dashboard(python: str) -> bool:
-    """Tell whether the image's Ray was installed with its dashboard (`ray[default]`)."""
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('aiohttp_cors') is None)"
-    return subprocess.run([python, "-c", probe], check=False).returncode == 0
+def find_extras(python: str) -> RayExtras:
+    """Tell what the image's Ray was installed with: `ray[default]` brings aiohttp_cors, `ray[client]` grpc."""
+    probe = "from importlib.util import find_spec as f; print(f('aiohttp_cors') is not None, f('grpc') is not None)"
+    done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+    words = done.stdout.split()
+    return RayExtras(dashboard=words[:1] == ["True"], client=words[1:] == ["True"])
 
 
 def run_with_keys(keys_file: Path, argv: Sequence[str]) -> None:
@@ -717,6 +734,15 @@ def log(message: str, source: str = "launcher") -> None:
         print(f"{now} {source}| {message}", flush=True)
 
 
+_PROBE_LINE = re.compile(r'"GET /(?:health|metrics) HTTP/1\.[01]" 200')
+
+
+def log_engine(line: str) -> None:
+    """Print a line of api_server; that a probe was answered well, every few seconds, is not worth one."""
+    if not _PROBE_LINE.search(line):
+        log(line, "engine")
+
+
 @dataclass(kw_only=True)
 class Status:
     """status.json: what this node does now, written atomically whenever it changes and as a heartbeat."""
@@ -729,7 +755,7 @@ class Status:
     last_error: str = ""
     nodes: tuple[RayNode, ...] = ()
     engine: dict[str, Any] = field(
-        default_factory=lambda: {"pid": 0, "started_at": 0.0, "healthy_at": 0.0, "restarts": 0}
+        default_factory=lambda: {"pid": 0, "started_at": 0.0, "healthy_at": 0.0, "restarts": 0, "serve": ""}
     )
     phases: list[dict[str, Any]] = field(default_factory=list)
     _mark: float = field(default_factory=time.monotonic)
@@ -968,8 +994,7 @@ class Supervisor:
 
     def _start_ray(self) -> None:
         prune_sessions(Path("/tmp/ray"))
-        dashboard = self._node.role == "head" and has_dashboard(self._python)
-        argv = ray_start_argv(self._node, self._ray_tool, dashboard=dashboard)
+        argv = ray_start_argv(self._node, self._ray_tool, find_extras(self._python))
         log(f"starting {' '.join(argv)}")
         self._ray = Child("ray", argv, self._environment, lambda line: log(line, "ray"))
 
@@ -1097,9 +1122,9 @@ class Supervisor:
         before, began = self._watcher.cluster, time.monotonic()
         argv = engine_argv(serve, interpreter_of(find_tool(serve.argv[0])))
         log(f"starting {' '.join(argv)}")
-        child = Child("api_server", argv, self._environment, lambda line: log(line, "engine"))
+        child = Child("api_server", argv, self._environment, log_engine)
         started_at = time.time()
-        self.status.engine.update(pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0)
+        self.status.engine.update(pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0, serve=serve.digest)
         self.status.enter("loading", "api_server starts")
         prober = Prober(serve, self._node)
         prober.start()
@@ -1160,10 +1185,10 @@ class Progress:
     def update(self, cluster: Cluster, vitals: Vitals, fault: str) -> None:
         status = self._status
         ranks = cluster.ranks if cluster.ranks_since >= self._started_at else 0
-        if ranks >= self._node.expected_gpus:
-            self._step("loading:ranks")
         if vitals.port_open_at:
             self._step("loading:model")
+        elif ranks >= self._node.expected_gpus:
+            self._step("loading:ranks")
         if vitals.healthy_at:
             self._step("loading:health")
             status.engine["healthy_at"] = status.engine["healthy_at"] or round(time.time(), 3)
@@ -1173,12 +1198,12 @@ class Progress:
                 ("loading:model", f"the model is loaded; {vitals.last_seen}"),
                 ("loading:ranks", f"all {ranks} ranks are up and load the model"),
             )
-            waiting = next((text for name, text in steps if name in self._done), f"{ranks} of {self._node.expected_gpus} ranks up")
+            starting = f"{ranks} of {self._node.expected_gpus} ranks up" if ranks else "api_server starts"
+            waiting = next((text for name, text in steps if name in self._done), starting)
             status.enter("loading", waiting)
             return
         if "first-token" not in self._done:
             self._step("loading:first-token", as_name="first-token")
-            status.begin_serving()
         if vitals.asleep:
             status.enter("degraded", "the engine was put to sleep: POST /wakeup wakes it")
         elif fault:

@@ -19,9 +19,11 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any, NoReturn
 
 HARDWARE = Path("/var/lib/dsv3-lab/hardware.json")  # mounted read-only from the lab's state; edited there
 STATE = Path("/run/dsv3-lab")  # on tmpfs: a reboot forgets it, as a kernel does
+PLUGGED = STATE / "plugged.json"  # slots of the simulated PCI devices
 DRIVER = STATE / "driver.json"  # what is loaded: {"version", "flavour"}
 MODULES = STATE / "modules.json"  # names of the simulated modules that are loaded
 INITRAMFS = Path("/var/lib/dsv3-initramfs/modprobe.d")  # what update-initramfs copied
@@ -34,58 +36,60 @@ RDMA_CM_DEVICE = (10, 60)
 UMAD_MINOR, ISSM_MINOR, UVERBS_MINOR = 0, 64, 192
 
 
-def hardware():
-    return json.loads(HARDWARE.read_text())
+def hardware() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(HARDWARE.read_text())
+    return found
 
 
 # ---------------------------------------------------------------- helpers
 
 
-def run(*argv):
+def run(*argv: str) -> None:
     subprocess.run(argv, check=True)
 
 
-def write(path, text):
+def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
 
 
-def node(path, major, minor, mode=0o666):
+def read_json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def node(path: Path, major: int, minor: int, mode: int = 0o666) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         os.mknod(path, stat.S_IFCHR | mode, os.makedev(major, minor))
         path.chmod(mode)
 
 
-def link(path, target):
+def link(path: Path, target: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        path.unlink()
+    path.unlink(missing_ok=True)
     path.symlink_to(target)
 
 
-def overlay(path):
+def overlay(path: str) -> None:
     """Make a folder of sysfs writable, in memory and for this host alone."""
-    if os.path.ismount(path) and path != Path("/sys"):
-        return
-    work = STATE / "overlay" / path.name
+    work = STATE / "overlay" / Path(path).name
     for part in ("upper", "work"):
-        (work / part).mkdir(parents=True, exist_ok=True)
+        (work / part).mkdir(parents=True)
     options = f"lowerdir={path},upperdir={work}/upper,workdir={work}/work"
-    run("mount", "-t", "overlay", "-o", options, "overlay", str(path))
+    run("mount", "-t", "overlay", "-o", options, "overlay", path)
 
 
 # ---------------------------------------------------------------- boot
 
 
-def boot():
+def boot() -> None:
     """What a machine does before its init: a fresh boot, hardware on the bus, drivers for it; then systemd."""
     STATE.mkdir(parents=True, exist_ok=True)
     write(STATE / "boot_id", str(uuid.uuid4()))  # the kernel's own is the machine's, and never changes
-    run("mount", "--bind", str(STATE / "boot_id"), "/proc/sys/kernel/random/boot_id")
+    run("mount", "--bind", f"{STATE}/boot_id", "/proc/sys/kernel/random/boot_id")
     own_network_settings()
-    for path in ("/sys/class", "/sys/bus", "/sys/module"):
-        overlay(Path(path))
+    for path in ("/sys/devices", "/sys/class", "/sys/bus", "/sys/module"):
+        overlay(path)
     run("mount", "-t", "tmpfs", "-o", "mode=755", "driver", "/proc/driver")
     apply()
     machine = hardware()
@@ -96,149 +100,166 @@ def boot():
     os.execv("/sbin/init", ["/sbin/init"])
 
 
-def own_network_settings():
+def own_network_settings() -> None:
     """/proc/sys is read-only in a container; its net/ belongs to this host alone and may be written."""
     fresh = STATE / "proc"
-    fresh.mkdir(exist_ok=True)
+    fresh.mkdir()
     run("mount", "-t", "proc", "proc", str(fresh))
     run("mount", "--bind", f"{fresh}/sys/net", "/proc/sys/net")
     run("umount", str(fresh))
 
 
-def apply():
-    """Make the bus look as hardware.json says now; run again after a change, as a hot plug would."""
+# ---------------------------------------------------------------- buses
+
+
+def apply() -> None:
+    """Make the buses look as hardware.json says now; run again after a change, as a hot plug would."""
     machine = hardware()
-    apply_gpus(machine)
-    apply_hcas(machine)
-    if "nvidia" in loaded():
+    unplug()
+    for gpu in machine["gpus"]:
+        if gpu["present"]:
+            plug(gpu, "0x10de", "0x030200")
+    for switch in machine["nvswitches"]:
+        plug(switch, "0x10de", "0x068000")
+    management = plug(machine["management"], "0x8086", "0x020000")
+    show_interface(management, "eth0")
+    for module in RDMA_MODULES:
+        (insert if machine["hcas"] else remove)(module)
+    if machine["hcas"]:
+        node(Path("/dev/infiniband/rdma_cm"), *RDMA_CM_DEVICE)
+    for number, hca in enumerate(machine["hcas"]):
+        plug_hca(number, hca)
+    names = loaded()
+    if "nvidia" in names:
         nvidia_devices(machine)
+    bind(next((name for name in ("nouveau", "nvidia") if name in names), None))
 
 
-def pci_device(slot, vendor, device, class_, numa):
-    path = Path("/sys/bus/pci/devices") / slot
-    write(path / "vendor", vendor)
-    write(path / "device", device)
-    write(path / "class", class_)
-    write(path / "subsystem_vendor", vendor)
-    write(path / "subsystem_device", device)
-    write(path / "revision", "0xa1")
-    write(path / "numa_node", str(numa))
-    write(path / "enable", "1")
-    write(path / "irq", "0")
-    write(path / "resource", "\n".join(["0x0000000000000000 0x0000000000000000 0x0000000000000000"] * 7))
-    number = int(class_, 16)
+def unplug() -> None:
+    """Take everything simulated off the buses."""
+    for slot in read_json(PLUGGED, []):
+        path = pci_path(slot)
+        for interface in (path / "net").glob("*"):
+            run("umount", str(interface))
+        shutil.rmtree(path)
+        (Path("/sys/bus/pci/devices") / slot).unlink()
+    PLUGGED.unlink(missing_ok=True)
+    for name in ("infiniband", "infiniband_verbs", "infiniband_mad"):
+        shutil.rmtree(Path("/sys/class") / name, ignore_errors=True)
+    shutil.rmtree("/dev/infiniband", ignore_errors=True)
+
+
+def pci_path(slot: str) -> Path:
+    """Where a device is in /sys/devices: a GPU and the HCA next to it share a root complex."""
+    bus = int(slot.split(":")[1], 16)
+    return Path(f"/sys/devices/pci0000:{max(bus & ~7, 1) - 1:02x}") / slot
+
+
+def plug(unit: dict[str, Any], vendor: str, class_: str) -> Path:
+    """Put a PCI device on the bus; returns its folder."""
+    path, device = pci_path(unit["pci_slot"]), unit["pci_device"]
+    files = {
+        "vendor": vendor,
+        "device": device,
+        "subsystem_vendor": vendor,
+        "subsystem_device": device,
+        "class": class_,
+        "revision": "0xa1",
+        "numa_node": str(unit["numa"]),
+        "enable": "1",
+        "irq": "0",
+        "resource": "\n".join(["0x0000000000000000 0x0000000000000000 0x0000000000000000"] * 7),
+    }
+    for name, text in files.items():
+        write(path / name, text)
+    maker, product, kind = int(vendor, 16), int(device, 16), int(class_, 16)
     # The first 64 bytes of configuration space: what lspci reads.
-    config = struct.pack(
-        "<HHHHBBBB", int(vendor, 16), int(device, 16), 0x0006, 0x0010, 0xA1, number & 0xFF, number >> 8 & 0xFF, number >> 16
+    head = struct.pack(
+        "<HHHHBBBB", maker, product, 0x0006, 0x0010, 0xA1, kind & 0xFF, kind >> 8 & 0xFF, kind >> 16
     )
-    (path / "config").write_bytes(config.ljust(44, b"\0") + struct.pack("<HH", int(vendor, 16), int(device, 16)) + bytes(16))
+    (path / "config").write_bytes(head.ljust(44, b"\0") + struct.pack("<HH", maker, product) + bytes(16))
+    link(Path("/sys/bus/pci/devices") / path.name, path)
+    write(PLUGGED, json.dumps([*read_json(PLUGGED, []), path.name]))
     return path
 
 
-def forget_pci(vendor, keep):
-    for path in Path("/sys/bus/pci/devices").iterdir():
-        try:
-            ours = (path / "vendor").read_text().strip() == vendor and not path.is_symlink()
-        except OSError:
-            continue
-        if ours and path.name not in keep:
-            shutil.rmtree(path)
-
-
-def apply_gpus(machine):
-    present = [gpu for gpu in machine["gpus"] if gpu["present"]]
-    switches = machine["nvswitches"]
-    forget_pci("0x10de", {unit["pci_slot"] for unit in present + switches})
-    for gpu in present:
-        pci_device(gpu["pci_slot"], "0x10de", gpu["pci_device"], "0x030200", gpu["numa"])
-    for switch in switches:
-        pci_device(switch["pci_slot"], "0x10de", switch["pci_device"], "0x068000", 0)
-
-
-def apply_hcas(machine):
-    hcas = machine["hcas"]
-    classes = Path("/sys/class")
-    for name in ("infiniband", "infiniband_verbs", "infiniband_mad"):
-        shutil.rmtree(classes / name, ignore_errors=True)
-    shutil.rmtree("/dev/infiniband", ignore_errors=True)
-    forget_pci("0x15b3", {hca["pci_slot"] for hca in hcas})
-    for module in RDMA_MODULES:
-        (insert if hcas else remove)(module)
-    if not hcas:
-        return
-    node(Path("/dev/infiniband/rdma_cm"), *RDMA_CM_DEVICE)
-    for number, hca in enumerate(hcas):
-        apply_hca(number, hca)
-
-
-def apply_hca(number, hca):
-    pci = pci_device(hca["pci_slot"], "0x15b3", hca["pci_device"], "0x020700", hca["numa"])
-    (pci / "net").mkdir(exist_ok=True)
-    base = Path("/sys/class/infiniband") / hca["name"]
-    write(base / "node_guid", hca["guid"])
-    write(base / "sys_image_guid", hca["guid"])
-    write(base / "node_type", "1: CA")
-    write(base / "fw_ver", hca["firmware"])
-    write(base / "hca_type", "MT4129")
-    write(base / "board_id", "MT_0000000838")
-    write(base / "node_desc", f"{os.uname().nodename} {hca['name']}")
+def plug_hca(number: int, hca: dict[str, Any]) -> None:
+    pci = plug(hca, "0x15b3", "0x020700" if hca["ports"][0]["link_layer"] == "InfiniBand" else "0x020000")
+    base = pci / "infiniband" / hca["name"]
+    files = {
+        "node_guid": hca["guid"],
+        "sys_image_guid": hca["guid"],
+        "node_type": "1: CA",
+        "fw_ver": hca["firmware"],
+        "hca_type": "MT4129",
+        "board_id": "MT_0000000838",
+        "node_desc": f"{os.uname().nodename} {hca['name']}",
+    }
+    for name, text in files.items():
+        write(base / name, text)
     link(base / "device", pci)
+    link(Path("/sys/class/infiniband") / hca["name"], base)
     for port in hca["ports"]:
-        apply_port(pci, base / "ports" / str(port["port"]), port)
-    for kind, minor, folder in (
-        ("uverbs", UVERBS_MINOR, "infiniband_verbs"),
-        ("umad", UMAD_MINOR, "infiniband_mad"),
-        ("issm", ISSM_MINOR, "infiniband_mad"),
+        show_port(base / "ports" / str(port["port"]), port)
+        if port["interface"]:
+            add_interface(port["interface"], up=port["state"].startswith("4"))
+            show_interface(pci, port["interface"]["name"])
+    for kind, minor, class_, mode in (
+        ("uverbs", UVERBS_MINOR, "infiniband_verbs", 0o666),
+        ("umad", UMAD_MINOR, "infiniband_mad", 0o600),
+        ("issm", ISSM_MINOR, "infiniband_mad", 0o600),
     ):
-        entry = Path("/sys/class") / folder / f"{kind}{number}"
+        entry = pci / class_ / f"{kind}{number}"
         write(entry / "ibdev", hca["name"])
         write(entry / "dev", f"{IB_MAJOR}:{minor + number}")
         if kind != "uverbs":
             write(entry / "port", "1")
         link(entry / "device", pci)
-        node(Path("/dev/infiniband") / entry.name, IB_MAJOR, minor + number, 0o666 if kind == "uverbs" else 0o600)
+        link(Path("/sys/class") / class_ / entry.name, entry)
+        node(Path("/dev/infiniband") / entry.name, IB_MAJOR, minor + number, mode)
 
 
-def apply_port(pci, path, port):
+def show_port(path: Path, port: dict[str, Any]) -> None:
     for name in ("state", "phys_state", "rate", "link_layer", "lid", "sm_lid"):
-        write(path / name, str(port[name]))
+        write(path / name, port[name])
     for counter in ("symbol_error", "link_downed", "port_rcv_errors", "port_xmit_wait"):
         write(path / "counters" / counter, "0")
     write(path / "hw_counters" / "out_of_sequence", "0")
     write(path / "pkeys" / "0", "0xffff")
     for gid in port["gids"]:
-        write(path / "gids" / str(gid["index"]), gid["gid"])
+        index = str(gid["index"])
+        write(path / "gids" / index, gid["gid"])
         if gid["type"]:
-            write(path / "gid_attrs" / "types" / str(gid["index"]), gid["type"])
-            write(path / "gid_attrs" / "ndevs" / str(gid["index"]), gid["ndev"])
-    interface = port["interface"]
-    if interface:
-        (pci / "net" / interface["name"]).mkdir(parents=True, exist_ok=True)
-        ethernet(interface, up=port["state"].startswith("4"))
+            write(path / "gid_attrs" / "types" / index, gid["type"])
+            write(path / "gid_attrs" / "ndevs" / index, gid["ndev"])
 
 
-def ethernet(interface, *, up):
+def add_interface(interface: dict[str, str], *, up: bool) -> None:
     """The network interface of a RoCE port: a real one, on the lab's network."""
     name = interface["name"]
     if not (Path("/sys/class/net") / name).exists():
-        made = subprocess.run(
-            ["ip", "link", "add", "link", "eth0", "name", name, "type", "macvlan", "mode", "bridge"], check=False
-        )
-        if made.returncode != 0:
-            print(f"dsv3-lab: no interface {name}: this kernel has no macvlan", file=sys.stderr)
-            return
+        run("ip", "link", "add", "link", "eth0", "name", name, "type", "macvlan", "mode", "bridge")
         run("ip", "address", "add", interface["address"], "dev", name)
     run("ip", "link", "set", name, "up" if up else "down")
+
+
+def show_interface(pci: Path, name: str) -> None:
+    """Let an interface belong to a PCI device: the live entries of sysfs, in that device's folder."""
+    place = pci / "net" / name
+    place.mkdir(parents=True)
+    run("mount", "--bind", f"/sys/devices/virtual/net/{name}", str(place))
+    link(Path("/sys/class/net") / name, place)
 
 
 # ---------------------------------------------------------------- modules
 
 
-def loaded():
-    return json.loads(MODULES.read_text()) if MODULES.exists() else []
+def loaded() -> list[str]:
+    names: list[str] = read_json(MODULES, [])
+    return names
 
 
-def insert(name, version=""):
+def insert(name: str, version: str = "") -> None:
     names = loaded()
     if name not in names:
         write(MODULES, json.dumps([*names, name]))
@@ -251,7 +272,7 @@ def insert(name, version=""):
         bind(name)
 
 
-def remove(name):
+def remove(name: str) -> None:
     names = [other for other in loaded() if other != name]
     write(MODULES, json.dumps(names))
     shutil.rmtree(Path("/sys/module") / name, ignore_errors=True)
@@ -259,18 +280,21 @@ def remove(name):
         bind(None)
 
 
-def bind(driver):
+def bind(driver: str | None) -> None:
+    """Let a driver hold the GPUs, or none."""
     for gpu in hardware()["gpus"]:
-        path = Path("/sys/bus/pci/devices") / gpu["pci_slot"] / "driver"
-        if driver and gpu["present"]:
+        if not gpu["present"]:
+            continue
+        path = pci_path(gpu["pci_slot"]) / "driver"
+        path.unlink(missing_ok=True)
+        if driver:
             folder = Path("/sys/bus/pci/drivers") / driver
             folder.mkdir(parents=True, exist_ok=True)
             link(path, folder)
-        elif path.is_symlink():
-            path.unlink()
 
 
-def blacklisted(name, *folders):
+def blacklisted(name: str, *folders: Path) -> bool:
+    """Whether modprobe.d files in these folders forbid a module."""
     for folder in folders:
         for path in sorted(folder.glob("*.conf")) if folder.is_dir() else ():
             for line in path.read_text().splitlines():
@@ -282,7 +306,7 @@ def blacklisted(name, *folders):
     return False
 
 
-def built_driver():
+def built_driver() -> dict[str, str] | None:
     """Version and flavour of the newest NVIDIA module that dkms built for this kernel, or None."""
     kernel = os.uname().release
     built = [path.parent for path in DKMS.glob(f"*/{kernel}")] if DKMS.is_dir() else []
@@ -292,7 +316,7 @@ def built_driver():
     return {"version": newest.name, "flavour": (newest / kernel / "flavour").read_text().strip()}
 
 
-def load_nvidia(*, quiet=False):
+def load_nvidia(*, quiet: bool = False) -> int:
     """Load nvidia with its companions. Returns the exit code of modprobe."""
     if "nvidia" in loaded():
         return 0
@@ -306,7 +330,7 @@ def load_nvidia(*, quiet=False):
         return 1
     machine = hardware()
     if not any(gpu["present"] for gpu in machine["gpus"]) or "nouveau" in loaded():
-        # nvidia's probe refuses GPUs that another driver holds (dmesg: "NVRM: The NVIDIA probe routine was not called")
+        # nvidia's probe is not called for GPUs that another driver holds.
         if not quiet:
             print("modprobe: ERROR: could not insert 'nvidia': No such device", file=sys.stderr)
         return 1
@@ -323,7 +347,7 @@ def load_nvidia(*, quiet=False):
     return 0
 
 
-def nvidia_devices(machine):
+def nvidia_devices(machine: dict[str, Any]) -> None:
     for path in Path("/dev").glob("nvidia[0-9]*"):
         path.unlink()
     shutil.rmtree("/proc/driver/nvidia/gpus", ignore_errors=True)
@@ -345,7 +369,7 @@ def nvidia_devices(machine):
             node(Path(f"/dev/nvidia-nvswitch{number}"), NVSWITCH_MAJOR, number)
 
 
-def unload_nvidia():
+def unload_nvidia() -> int:
     users = [path for path in ("nvidia-persistenced", "nv-fabricmanager") if (Path("/run") / path).exists()]
     if users:
         print(f"modprobe: FATAL: Module nvidia is in use by {', '.join(users)}.", file=sys.stderr)
@@ -359,11 +383,11 @@ def unload_nvidia():
     return 0
 
 
-def simulated(name):
+def simulated(name: str) -> bool:
     return name in NVIDIA_MODULES or name == "nouveau" or (name in RDMA_MODULES and bool(hardware()["hcas"]))
 
 
-def load(name):
+def load(name: str) -> int:
     if blacklisted(name, Path("/etc/modprobe.d")) and name == "nouveau":
         return 0
     if name in NVIDIA_MODULES:
@@ -375,18 +399,18 @@ def load(name):
     return 0
 
 
-def unload(name):
+def unload(name: str) -> int:
     if name == "nvidia":
         return unload_nvidia()
     remove(name)
     return 0
 
 
-def real(tool, arguments):
+def real(tool: str, arguments: list[str]) -> NoReturn:
     os.execv("/usr/bin/kmod", [tool, *arguments])
 
 
-def modprobe(arguments):
+def modprobe(arguments: list[str]) -> int:
     names = [word.replace("-", "_") for word in arguments if not word.startswith("-") and "=" not in word]
     if not names or not any(map(simulated, names)):
         real("modprobe", arguments)
@@ -396,7 +420,7 @@ def modprobe(arguments):
     return max([act(name) for name in names if simulated(name)], default=0)
 
 
-def lsmod(_arguments):
+def lsmod(_arguments: list[str]) -> int:
     print("Module                  Size  Used by")
     for name in reversed(loaded()):
         print(f"{name:<22} 65536  0")
@@ -406,7 +430,7 @@ def lsmod(_arguments):
     return 0
 
 
-def modinfo(arguments):
+def modinfo(arguments: list[str]) -> int:
     names = [word.replace("-", "_") for word in arguments if not word.startswith("-")]
     driver = built_driver()
     if not names or names[-1] not in NVIDIA_MODULES or driver is None:
@@ -422,7 +446,7 @@ def modinfo(arguments):
     return 0
 
 
-def modules_load(_arguments):
+def modules_load(_arguments: list[str]) -> int:
     """What systemd-modules-load does, for the simulated modules; others belong to the machine's own kernel."""
     for folder in ("/usr/lib/modules-load.d", "/run/modules-load.d", "/etc/modules-load.d"):
         for path in sorted(Path(folder).glob("*.conf")) if Path(folder).is_dir() else ():
@@ -433,7 +457,7 @@ def modules_load(_arguments):
     return 0
 
 
-def update_initramfs(_arguments):
+def update_initramfs(_arguments: list[str]) -> int:
     """Copy /etc/modprobe.d to where the next boot looks before the root file system is there."""
     shutil.rmtree(INITRAMFS, ignore_errors=True)
     INITRAMFS.parent.mkdir(parents=True, exist_ok=True)
@@ -451,7 +475,7 @@ COMMANDS = {
 }
 
 
-def main():
+def main() -> int:
     name = Path(sys.argv[0]).name
     arguments = sys.argv[1:]
     if name in ("kernel.py", "kernel"):
@@ -459,7 +483,8 @@ def main():
     if name == "boot":
         boot()
     if name == "apply":
-        return apply()
+        apply()
+        return 0
     return COMMANDS[name](arguments)
 
 

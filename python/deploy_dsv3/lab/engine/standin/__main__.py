@@ -1,0 +1,5 @@
+"""`python -m lmdeploy`."""
+
+from .cli import run
+
+run()

@@ -1,0 +1,78 @@
+"""Who can reach what: every port listens where it should and nowhere else."""
+
+import ipaddress
+
+import pytest
+from fleet import Node
+
+from deploy_dsv3.derive import NodePlan
+from deploy_dsv3.facts import HostFacts, Listener
+
+
+def listeners(facts: HostFacts, port: int) -> list[Listener]:
+    return [listener for listener in facts.listening if listener.port == port]
+
+
+def is_loopback(listener: Listener) -> bool:
+    return ipaddress.ip_address(listener.address.removeprefix("::ffff:")).is_loopback
+
+
+def described(found: list[Listener]) -> str:
+    return ", ".join(f"{one.address}:{one.port} ({one.process or 'unknown process'})" for one in found)
+
+
+def test_engine_port(head: Node, facts: HostFacts) -> None:
+    """The engine's own port is closed to the network."""
+    if head.settings["endpoint_mode"] == "direct":
+        pytest.skip("endpoint_mode is direct: clients reach the engine itself")
+    found = listeners(facts, head.settings["lmdeploy_server_port"])
+    assert found, (
+        f"nothing listens on port {head.settings['lmdeploy_server_port']}: the engine does not serve"
+    )
+    reachable = [listener for listener in found if not is_loopback(listener)]
+    assert not reachable, f"{described(reachable)}: any client can administer the engine"
+
+
+def test_endpoint_port(head: Node, facts: HostFacts, plan: NodePlan) -> None:
+    """The endpoint listens on its address only."""
+    if head.settings["endpoint_mode"] == "direct":
+        pytest.skip("endpoint_mode is direct: there is no proxy")
+    wanted = head.settings["endpoint_address"] or plan.address
+    found = listeners(facts, head.settings["endpoint_port"])
+    assert found, f"nothing listens on {wanted}:{head.settings['endpoint_port']}"
+    assert {listener.address for listener in found} == {wanted}, f"{described(found)}, not {wanted} only"
+    foreign = [one for one in found if facts.os.init == "systemd" and one.unit != "dsv3-endpoint.service"]
+    assert not foreign, f"{described(foreign)} is not dsv3-endpoint.service"
+
+
+def test_dashboard(node: Node, facts: HostFacts) -> None:
+    """Ray's dashboard and client server are closed to the network."""
+    # Whoever reaches them runs programs as root (CVE-2023-48022); bare Ray has neither.
+    ports = [node.settings[f"ray_cluster_{name}_port"] for name in ("dashboard", "client_server")]
+    reachable = [one for port in ports for one in listeners(facts, port) if not is_loopback(one)]
+    assert not reachable, described(reachable)
+
+
+def test_ray_port(node: Node, facts: HostFacts) -> None:
+    """Ray's control port is open on the head, and on no other host."""
+    found = listeners(facts, node.settings["ray_cluster_port"])
+    if node.role == "head":
+        assert found, f"nothing listens on port {node.settings['ray_cluster_port']}"
+    else:
+        ours = [one for one in found if one.container_id == node.container.get("Id", "none")]
+        assert not ours, f"{described(ours)}: this worker runs a Ray head of its own"
+
+
+def test_known_ports(engine: Node, facts: HostFacts) -> None:
+    """Ray's ports are the ones that were set, so a firewall can know them."""
+    settings = engine.settings
+    names = ("node_manager", "object_manager")
+    missing = [
+        f"ray_cluster_{name}_port {settings[f'ray_cluster_{name}_port']}"
+        for name in names
+        if not any(
+            one.container_id == engine.container["Id"]
+            for one in listeners(facts, settings[f"ray_cluster_{name}_port"])
+        )
+    ]
+    assert not missing, f"the engine does not listen on {', '.join(missing)}"
