@@ -54,8 +54,8 @@ class ActionModule(ActionBase):
             _, again = self._probe(host, {"only": ["clock"]}, variables)
             measured = clock.narrow(measured, again)
         if arguments["only"]:
-            facts["errors"] = {**known.get("errors", {}), **facts["errors"]}
-        result["ansible_facts"] = {"dsv3_facts": {**known, **facts, "clock": measured.model_dump()}}
+            facts = {**known, **facts, "errors": {**known.get("errors", {}), **facts["errors"]}}
+        result["ansible_facts"] = {"dsv3_facts": {**facts, "clock": measured.model_dump()}}
         return result
 
     def _probe(

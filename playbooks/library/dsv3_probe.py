@@ -714,7 +714,7 @@ def probe(arguments, root="/", ask=ip_json):
         ("reach", lambda: {"reach": probe_reach(arguments.get("reach") or [])}),
     ]
     for name, section in sections:
-        if only and name not in only:
+        if (only and name not in only) or (name == "reach" and not arguments.get("reach")):
             continue
         try:
             facts.update(section())

@@ -342,7 +342,7 @@ class Loader:
         file, line = _origin_of(error)
         text = _message(error)
         if "vault" in text.lower() or "decrypt" in text.lower():
-            return vault_error(text, file=self._short(file), line=line, given=bool(self._vault))
+            return vault_error(text, file=self._short(file), line=line)
         return ConfigError(
             message=f"this inventory cannot be read: {text}",
             file=self._short(file) or self._label,
@@ -387,6 +387,7 @@ class _Views:
         self._parent = parent
         self._cache: dict[str, dict[str, Any]] = {}
         self._resolved: dict[tuple[str, str], Variable] = {}
+        self._named: dict[str, Mapping[str, tuple[str, int | None]]] = {}
 
     def names(self, host: str) -> Sequence[str]:
         return [str(name) for name in self._of(host)]
@@ -400,7 +401,10 @@ class _Views:
                 found = tuple(str(host.name) for host in self._manager.get_hosts())
             except (AnsibleError, OSError, ValueError) as error:
                 raise config_error(
-                    f"--limit cannot be read: {_message(error)}", key="--limit", found=pattern
+                    f"--limit cannot be read: {_message(error)}",
+                    key="--limit",
+                    found=pattern,
+                    remedy="Write hosts or groups separated by commas, or @FILE with one on each line.",
                 ) from error
             finally:
                 self._manager.subset(None)
@@ -439,8 +443,10 @@ class _Views:
         values = self._of(host)
         raw = values[name]
         file, line = _origin(raw)
-        if not file:  # true, false and null carry no origin of their own; their key does
-            file, line = self._key_origin(host, name)
+        # The line of the name tells more than that of a value further down; true, false and null have none at all.
+        key_file, key_line = self._origins(host).get(name, ("", None))
+        if key_file and (not file or file == key_file):
+            file, line = key_file, key_line
         shown = self._parent._short(file)
         source = self._source(name, file)
         pending, templated, error, value = False, False, "", raw
@@ -495,24 +501,24 @@ class _Views:
             return "other"
         return "yaml" if name in self._extra or inventory_text.is_yaml(path, _peek(file)) else "ini"
 
-    def _key_origin(self, host: str, name: str) -> tuple[str, int | None]:
-        from ansible.inventory.group import Group as AnsibleGroup
-        from ansible.vars.plugins import get_vars_from_inventory_sources
+    def _origins(self, host: str) -> Mapping[str, tuple[str, int | None]]:
+        """Where each variable of a host was named, later layers of Ansible's precedence over earlier ones."""
+        if host not in self._named:
+            from ansible.inventory.helpers import sort_groups
+            from ansible.vars.plugins import get_vars_from_inventory_sources
 
-        entity = self._manager.get_host(host)
-        groups: list[AnsibleGroup] = sorted(
-            entity.get_groups(), key=lambda group: (group.depth, group.priority, group.name)
-        )
-        layers: list[Mapping[str, Any]] = [self._extra]
-        for owner in (entity, *reversed(groups)):
-            layers.append(
-                get_vars_from_inventory_sources(self._loader, self._manager._sources, [owner], "inventory")
-            )
-            layers.append(owner.vars)
-        for layer in layers:
-            if name in layer:
-                return _origin(next(key for key in layer if key == name))
-        return "", None
+            entity = self._manager.get_host(host)
+            named: dict[str, tuple[str, int | None]] = {}
+            with _listening():
+                for owner in (*sort_groups(entity.get_groups()), entity):
+                    files = get_vars_from_inventory_sources(
+                        self._loader, self._manager._sources, [owner], "task"
+                    )
+                    for layer in (owner.vars, files):
+                        named.update((str(key), _origin(key)) for key in layer)
+            named.update((str(key), _origin(key)) for key in self._extra)
+            self._named[host] = named
+        return self._named[host]
 
 
 def _tagged(text: str) -> str:
@@ -536,7 +542,7 @@ def _origin_of(error: BaseException) -> tuple[str, int | None]:
         if file and line:
             return file, line
         found = found if found[0] else (file, line)
-        current = current.__cause__
+        current = current.__cause__ or current.__context__
     return found
 
 

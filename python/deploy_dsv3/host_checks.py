@@ -29,8 +29,13 @@ SUPPORTED_OS = frozenset(
 )
 # Oldest Python on a target that ansible-core 2.19 supports (porting guide of ansible-core 2.19).
 MIN_PYTHON = (3, 8)
-# Oldest driver branch for an image's CUDA (NVIDIA's CUDA release notes, table of minimum drivers).
+# Oldest driver branch for an image's CUDA: minor-version compatibility for a tag that names only the major
+# (CUDA release notes), else the branch that came with it, since kernels compiled at run time need that one.
 MIN_DRIVER = {"cu12": 525, "cu12.8": 570, "cu13": 580}
+# Oldest Docker that hands over GPUs by CDI name (Docker 25 release notes).
+MIN_DOCKER = 25
+# What the distributions carry, where that is older.
+DISTRIBUTION_DOCKER = {("debian", "12"): "20.10"}
 # Free space that a host which has the image already still needs for logs and records.
 MIN_DISK_WITH_IMAGE_GIB = 1
 OTHER_ENGINES = ("lmdeploy", "vllm", "sglang")
@@ -169,8 +174,16 @@ def _check_disks(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> It
 
 def _runs_wanted_image(container: Container, settings: Mapping[str, Any]) -> bool:
     """Whether it is our container and its image is, as far as its name tells, the one that is wanted."""
-    wanted = settings["engine_image_digest"] or settings["engine_image_name"].rpartition(":")[0]
-    return _is_ours(container) and (wanted or settings["engine_image_name"]) in container.image
+    if not _is_ours(container):
+        return False
+    if digest := settings["engine_image_digest"]:
+        return digest in container.image
+    return _repository(container.image) == _repository(settings["engine_image_name"])
+
+
+def _repository(image: str) -> str:
+    """Return an image's name without tag and digest; a registry's port is no tag."""
+    return re.sub(r"[:@][^/]*$", "", image)
 
 
 def _is_ours(container: Container) -> bool:
@@ -298,6 +311,20 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             + (f" ({docker.error})" if docker.error else ""),
             cause="Docker is not installed or not running",
             remedy="start Docker, or set docker_engine_source to distribution or repository",
+        )
+    source = settings["docker_engine_source"]
+    packaged = DISTRIBUTION_DOCKER.get((facts.os.id, facts.os.version_id), "")
+    version = docker.version or (packaged if source == "distribution" else "")
+    if version and source != "repository" and int(version.split(".")[0]) < MIN_DOCKER:
+        yield Finding(
+            code="docker-old",
+            host=host,
+            severity="error",
+            message=f"{host}: Docker {version}"
+            + ("" if docker.version else f" is what {facts.os.id} {facts.os.version_id} carries")
+            + f", {MIN_DOCKER} or newer is required",
+            cause="older ones cannot hand over GPUs by their CDI name",
+            remedy="set docker_engine_source to repository: Docker's own packages are new enough",
         )
     wanted = settings["docker_engine_data_path"]
     if docker.root_dir and docker.root_dir != wanted and docker.containers:

@@ -253,31 +253,31 @@ def _normal_address(address: str) -> str:
         return address.lower().rstrip(".")
 
 
-def vault_error(
-    text: str, *, file: str, line: int | None, given: bool, key: str = "", host: str = ""
-) -> ConfigError:
+def vault_error(text: str, *, file: str, line: int | None, key: str = "") -> ConfigError:
     """The message for something encrypted that cannot be opened.
 
     Args:
-        text: Ansible's own words.
+        text: Ansible's own words, which tell whether there was any password to try.
         file: file of the value.
         line: its line.
-        given: whether a vault password was given at all.
         key: the variable, if it is one value.
-        host: its host.
     """
+    options = "--vault-password-file FILE or --ask-vault-pass"
+    if "that could decrypt" in text or "HMAC" in text:
+        return ConfigError(
+            message="the vault password does not open this",
+            file=file,
+            line=line,
+            key=key,
+            remedy=f"Give the right one: {options}.",
+        )
     return ConfigError(
-        message="the vault password does not open this"
-        if given
-        else "this is encrypted, and no vault password is given",
+        message="this is encrypted, and no vault password is given",
         file=file,
         line=line,
         key=key,
-        host=host,
-        found="" if not given else text,
-        remedy="Give the right password: --vault-password-file FILE or --ask-vault-pass."
-        if given
-        else "Give --vault-password-file FILE or --ask-vault-pass.",
+        found=text,
+        remedy=f"Give it: {options}.",
     )
 
 

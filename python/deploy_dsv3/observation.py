@@ -50,6 +50,14 @@ _NEEDS_ANSIBLE: Mapping[str, tuple[str, ...]] = {
     "ansible_ssh_executable": ("ssh",),
     "ansible_ssh_transfer_method": (),
 }
+# What Ansible itself adds to the variables of a host.
+_NOT_CONNECTION = frozenset(
+    f"ansible_{name}"
+    for name in (
+        *("check_mode", "config_file", "diff_mode", "facts", "forks", "inventory_sources", "limit"),
+        *("local", "playbook_python", "run_tags", "skip_tags", "verbosity", "version"),
+    )
+)
 _PLAIN_CONNECTIONS = ("", "ssh", "smart", "local")
 
 
@@ -95,9 +103,8 @@ def connections(
         typed["ansible_become_password"] = text.rstrip("\n")
     found = {}
     for host in hosts:
-        known = [
-            inventory.variable(host, name) for name in inventory.names(host) if name.startswith("ansible_")
-        ]
+        names = (name for name in inventory.names(host) if name.startswith("ansible_"))
+        known = [inventory.variable(host, name) for name in names if name not in _NOT_CONNECTION]
         found[host] = {**typed, **{v.name: v.value for v in known if not v.pending and not v.error}}
     return found
 

@@ -423,15 +423,7 @@ class _Checker:
         if variable.vaulted:
             self._add(
                 host,
-                replace(
-                    vault_error(
-                        variable.error,
-                        file=variable.file,
-                        line=variable.line,
-                        given="no vault secrets" not in variable.error.lower(),
-                    ),
-                    key=variable.name,
-                ),
+                vault_error(variable.error, file=variable.file, line=variable.line, key=variable.name),
             )
             return
         self._add(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +142,9 @@ def test_a_full_disk_is_refused() -> None:
     assert "12.5 GiB free for /var/lib/docker (on /var/lib), 60 GiB is required" in finding.message
 
 
+MIRRORED = {"engine_image_name": "registry.example.com:5000/lmdeploy"}
+
+
 @pytest.mark.parametrize(
     ("image", "settings", "free", "refused"),
     [
@@ -159,6 +164,8 @@ def test_a_full_disk_is_refused() -> None:
             True,
         ),
         ("registry.example.com/other:1", {}, 12.5, True),
+        ("registry.example.com:5000/lmdeploy@sha256:" + "ab" * 32, MIRRORED, 12.5, False),
+        ("registry.example.com:5000/other:1", MIRRORED, 12.5, True),
     ],
 )
 def test_a_host_that_runs_the_image_needs_little_space(
@@ -287,6 +294,29 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
     text = describe(findings)
     assert text.index("[error]") < text.index("[warning]")
     assert text.count("remedy:") == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "refused"),
+    [
+        ({"os__version_id": "12"}, {}, True),  # what Debian 12 carries
+        ({"os__version_id": "12"}, {"docker_engine_source": "repository"}, False),
+        ({}, {}, False),
+        ({"docker__version": "20.10.24"}, {}, True),
+        ({"docker__version": "20.10.24"}, {"docker_engine_source": "repository"}, False),
+        (
+            {"docker__version": "24.0.7", "docker__running": True},
+            {"docker_engine_source": "preinstalled"},
+            True,
+        ),
+        ({"docker__version": "28.4.0"}, {}, False),
+    ],
+)
+def test_a_docker_without_cdi_is_refused(
+    changes: dict[str, Any], settings: dict[str, Any], refused: bool
+) -> None:
+    findings = judge_one(edited("l20-pcie", **changes), **settings)
+    assert ("docker-old" in findings) is refused
 
 
 def test_a_docker_that_keeps_its_data_elsewhere_is_told() -> None:
@@ -441,3 +471,22 @@ def test_the_driver_that_an_image_needs(image: str, branch: int) -> None:
 def test_a_host_that_was_not_looked_at_has_no_findings() -> None:
     found = judge(host_input("gpu1", None, "192.0.2.11"), host_input("gpu2", recorded("h800-ib-2")))
     assert found == {"gpu1": [], "gpu2": []}
+
+
+def test_every_code_is_documented_and_every_documented_code_exists() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs/reference/preflight.md").read_text(encoding="utf-8")
+    documented = {
+        code
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for code in re.findall(r"`([a-z-]+)`", line.split("|")[1])
+    }
+    package = root / "python/deploy_dsv3"
+    source = "".join(
+        (package / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("facts", "network", "rdma", "derive", "host_checks", "preflight")
+    )
+    pattern = r'code="([a-z-]+)"|(?:refuse|_unequal|_unequal_finding)\(\s*"([a-z-]+)"'
+    used = {first or second for first, second in re.findall(pattern, source)}
+    assert documented == used

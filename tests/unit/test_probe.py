@@ -398,10 +398,8 @@ def test_hca_ports(tmp_path: Path) -> None:
 def test_listeners_with_container_and_unit(tmp_path: Path) -> None:
     if sys.byteorder != "little":
         pytest.skip("the recorded tables are of a little-endian host")
-    header = (
-        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-    )
-    row = "   0: {local} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000     0        0 {inode} 1\n"
+    header = "  sl  local_address rem_address st tx_queue rx_queue tr tm->when retrnsmt uid timeout inode\n"
+    row = "   0: {local} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000 0 0 {inode} 1\n"
     write(
         tmp_path,
         {

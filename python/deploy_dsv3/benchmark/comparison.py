@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ Verdict = Literal["faster", "slower", "within noise", "not comparable", "missing
 _TENTHS = 10
 _STUDENT_T_95_7 = 2.365
 _LEAST_NOISE = 0.01
+_UNKNOWN_NOISE = 1.05
 # Fewer bins of time than this say nothing about tenths.
 _FEWEST_BINS = 20
 
@@ -36,12 +37,12 @@ class RowComparison:
     before: float | None
     """Output throughput [tokens/s]; None: not measured."""
     after: float | None
-    ratio: float | None
-    low: float | None
-    """Lower end of the ratio's 95 % interval; None: the rows were too short to tell."""
-    high: float | None
     verdict: Verdict
     why: str = ""
+    ratio: float | None = None
+    low: float | None = None
+    """Lower end of the ratio's 95 % interval; None: the rows were too short to tell."""
+    high: float | None = None
     latency_ratios: dict[str, float] | None = None
     """Median after / median before, for `ttft_ms`, `tpot_ms`, `itl_ms` and `e2e_ms`."""
 
@@ -72,30 +73,27 @@ def share_of(result: RowResult, reference: RowResult | None) -> float | None:
 
 
 def _compare(row: Row, before: RowResult | None, after: RowResult | None) -> RowComparison:
-    speeds = {
-        "name": row.name,
-        "before": before.figures.output_throughput if before else None,
-        "after": after.figures.output_throughput if after else None,
-    }
-    nothing = {"ratio": None, "low": None, "high": None}
+    known = RowComparison(
+        name=row.name,
+        before=before.figures.output_throughput if before else None,
+        after=after.figures.output_throughput if after else None,
+        verdict="missing",
+    )
     if before is None or after is None:
         which = "both runs" if before is after else "the first run" if before is None else "the second run"
-        return RowComparison(**speeds, **nothing, verdict="missing", why=f"not measured in {which}")
+        return replace(known, why=f"not measured in {which}")
     if differences := _differences(before, after):
-        return RowComparison(**speeds, **nothing, verdict="not comparable", why="; ".join(differences))
+        return replace(known, verdict="not comparable", why="; ".join(differences))
     ratio = after.figures.output_throughput / before.figures.output_throughput
     noise = _noise(before.record["timeline"], after.record["timeline"])
-    low, high = (ratio / noise, ratio * noise) if noise else (None, None)
-    why = "" if noise else "too short to tell noise from change; ±5 % is taken as noise"
-    least, most = (low, high) if low and high else (ratio / 1.05, ratio * 1.05)
-    verdict: Verdict = "faster" if least > 1 else "slower" if most < 1 else "within noise"
-    return RowComparison(
-        **speeds,
+    least, most = ratio / (noise or _UNKNOWN_NOISE), ratio * (noise or _UNKNOWN_NOISE)
+    return replace(
+        known,
         ratio=ratio,
-        low=low,
-        high=high,
-        verdict=verdict,
-        why=why,
+        low=least if noise else None,
+        high=most if noise else None,
+        verdict="faster" if least > 1 else "slower" if most < 1 else "within noise",
+        why="" if noise else "too short to tell noise from change: 5 % either way is taken as noise",
         latency_ratios=_latency_ratios(before, after),
     )
 

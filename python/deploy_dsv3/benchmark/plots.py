@@ -147,7 +147,8 @@ def _latency_panel(values: Sequence[LatencyRow], x: float, y: float, width: floa
         middle = y + place * line + line / 2 + 2
         parts.append(_text(x, middle + 4, value.label, "label"))
         parts.append(
-            f'<line class="range" x1="{at(value.p50):.1f}" x2="{at(value.p99):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
+            f'<line class="range" x1="{at(value.p50):.1f}" x2="{at(value.p99):.1f}" '
+            f'y1="{middle:.1f}" y2="{middle:.1f}"/>'
         )
         told = (
             f"{value.label}: median {_milliseconds(value.p50)}, p90 {_milliseconds(value.p90)}, "

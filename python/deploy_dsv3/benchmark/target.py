@@ -20,7 +20,7 @@ from deploy_dsv3.serving import served_model
 from deploy_dsv3.topology import Deployment, Replica
 from deploy_dsv3.verbs import Target as Loaded
 
-# LMDeploy's batch size where its command line has none, by GPU (`get_max_batch_size` of its lmdeploy/utils.py).
+# LMDeploy's batch size where its command line has none, by GPU (`get_max_batch_size`, lmdeploy/utils.py).
 _DEFAULT_BATCH = {"a100": 384, "a800": 384, "h100": 1024, "h800": 1024, "l20y": 1024, "h200": 1024}
 _DEFAULT_BATCH_BEFORE_0_10 = {"a100": 256, "a800": 256, "h100": 512, "h800": 512}
 _DEFAULT_BATCH_OF_OTHERS = 128

@@ -47,6 +47,8 @@ class Job:
     model: str = ""
     tokenizer: str = ""
     """Folder or file of the model's tokenizer; empty: synthetic text of counted words."""
+    tokenizer_required: bool = False
+    """Whether to stop where it cannot be read, rather than count words."""
     max_failed: float = 0.01
     """Share of failed requests above which a row does not count."""
     where: str = "control"
@@ -81,7 +83,7 @@ class Sweep:
         rows = {row.name: row for row in self._plan.rows}
         todo = [rows[name] for name in self._job.rows if not self._folder.result(rows[name])]
         self.say("starting")
-        tokenizer = load_tokenizer(Path(self._job.tokenizer)) if self._job.tokenizer else None
+        tokenizer = self._tokenizer()
         pairs = load_sharegpt(Path(self._plan.dataset_path)) if self._plan.dataset_path else None
         async with Client(self._endpoint) as client:
             model = await client.find_model()
@@ -96,6 +98,16 @@ class Sweep:
                     ) from error
                 await self._measure(client, model, row, workload, todo[place + 1 :], tokenizer)
         self.say("done")
+
+    def _tokenizer(self) -> Tokenizer | None:
+        if not self._job.tokenizer:
+            return None
+        try:
+            return load_tokenizer(Path(self._job.tokenizer))
+        except UsageError:
+            if self._job.tokenizer_required:
+                raise
+            return None  # the results then say that the words were counted
 
     async def _measure(
         self,

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import fleet, hosts, images, inventory, machine, network, outer_engine, packages, shell
+from . import (
+    fleet,
+    hosts,
+    images,
+    inventory,
+    machine,
+    network,
+    outer_engine,
+    prerequisites,
+    repository,
+    shell,
+)
 from .docker_cli import DockerCli
 from .engine import recipe
 from .errors import LabError, LabUsageError
@@ -25,6 +36,7 @@ from .progress import Steps
 
 DEFAULT_HOSTS = 2
 DEFAULT_SUITE = "trixie"
+#: Debian release to the vendor's name of the distribution.
 SUITES = {"trixie": "debian13", "bookworm": "debian12"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,20}")
 
@@ -58,6 +70,7 @@ def up(wish: Wish, paths: LabPaths, steps: Steps) -> Lab:
     """
     _check(wish)
     with _locked(paths):
+        prerequisites.have("ssh-keygen", "ip")
         engine = outer_engine.choose(paths, wish.engine)
         with steps.step(f"container engine: {engine.describe()}"):
             engine.ensure()
@@ -83,7 +96,7 @@ def up(wish: Wish, paths: LabPaths, steps: Steps) -> Lab:
 
 
 def down(paths: LabPaths, name: str | None, steps: Steps, *, purge: bool = False) -> list[str]:
-    """Remove a lab, or all of them: containers, volumes, network, state; then the engine, if the lab started it.
+    """Remove a lab, or all of them, with all that belongs to it; then stop the engine, if it is the lab's own.
 
     Args:
         purge: drop the caches as well.
@@ -185,7 +198,7 @@ def _assemble(lab: Lab, base: str, steps: Steps) -> None:
     def make_services() -> None:
         with steps.step("package repository and image registry"):
             image = images.services(docker, base)
-            packages.build(docker, image, lab.paths.cache / "repository")
+            repository.build(docker, image, lab.paths.cache / "repository")
             lab.services.ensure(image)
 
     def make_engine() -> str:

@@ -38,8 +38,8 @@ _name = click.option("--name", default=fleet.DEFAULT_NAME, show_default=True, he
     "profiles",
     multiple=True,
     metavar="NAME",
-    help=f"Hardware of the hosts, in their order; the last holds for the rest. One of {', '.join(hardware.names())}, "
-    f"or the path of a profile; {hardware.DEFAULT_PROFILE} at first.",
+    help="Hardware of the hosts, in their order; the last holds for the rest. "
+    f"One of {', '.join(hardware.names())}, or the path of a profile; {hardware.DEFAULT_PROFILE} at first.",
 )
 @_name
 @click.option(

@@ -84,7 +84,7 @@ class DockerCli:
         """Make image `tag` from `base`: lay down files, run a script as root, keep the result."""
         name = f"dsv3-build-{tag.replace('/', '-').replace(':', '-')}"
         self.run("rm", "--force", name, check=False)
-        self.run("create", "--name", name, "--interactive", base, "/bin/sh", "-eu")
+        self.run("create", f"--name={name}", "--network=host", "--interactive", base, "/bin/sh", "-eu")
         try:
             self.copy_in(name, files)
             self.run("start", "--attach", "--interactive", name, stdin=script.encode())

@@ -86,7 +86,7 @@ class Profile(_Model):
         nvswitches: NVSwitch chips; more than none means that a fabric manager is needed.
         missing_gpus: indices of GPUs that fell off the bus.
         nouveau: the kernel loads nouveau at boot unless that is forbidden in the initramfs.
-        born_with: packages of the lab's vendor repository that are there from the beginning (name to version).
+        born_with: packages of the lab's vendor repository that are there from the start, name to version.
         sudo: whether the administrator's sudo asks for a password.
     """
 

@@ -229,7 +229,7 @@ class Host:
         return [line.split()[0] for line in listing.splitlines()]
 
     def remove(self) -> None:
-        """Remove its container and volumes; its keys stay, so that a new one is the same host to its clients."""
+        """Remove its container and volumes; its keys stay: a new one is the same host to its clients."""
         self.docker.run("rm", "--force", "--volumes", self.container, check=False)
         for volume in self.volumes:
             self.docker.run("volume", "rm", "--force", volume)
@@ -270,7 +270,7 @@ class Host:
     # ------------------------------------------------------------------ network
 
     def cut_off(self) -> None:
-        """Pull its network cable: nothing reaches it and it reaches nothing, until `reconnect` or a restart."""
+        """Pull its network cable: nothing gets in or out until `reconnect` or a restart."""
         shell.run(shell.as_root(["ip", "link", "set", self._cable(), "down"]))
 
     def reconnect(self) -> None:

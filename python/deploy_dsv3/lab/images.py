@@ -1,7 +1,8 @@
 """The images of the lab's containers.
 
-* ``debian``: a minimal Debian made by debootstrap from the machine's own mirror (or pulled, where a registry can be
-  reached and no mirror is known); the slow one. The stand-in engine's image is built on it too.
+* ``debian``: a minimal Debian made by debootstrap from the machine's own mirror (or pulled, where a
+  registry can be reached and no mirror is known); the slow one. The stand-in engine's image is built on
+  it too.
 * ``host``: `debian` with a user, sshd's settings and the simulated kernel: what a bare server looks like.
 * ``services``: `debian` with a registry and the tools of a package repository.
 
@@ -16,13 +17,16 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import machine, outer_engine, shell
+from . import machine, prerequisites, shell
 from .docker_cli import DockerCli, File, tree
 from .errors import LabError
 from .paths import FILES, LabPaths
 
 #: What a Debian server carries that a minimal debootstrap lacks; nothing of ours or of Docker.
-_SERVER_PACKAGES = "ca-certificates dbus iproute2 iputils-ping kmod openssh-server procps python3 sudo systemd systemd-sysv".split()
+_SERVER_PACKAGES = (
+    *("ca-certificates", "dbus", "iproute2", "iputils-ping", "kmod", "openssh-server"),
+    *("procps", "python3", "sudo", "systemd", "systemd-sysv"),
+)
 _SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent")
 _PULLED = "debian:{suite}"
 
@@ -81,8 +85,7 @@ def debian(docker: DockerCli, paths: LabPaths, suite: str, mirror: str = "") -> 
 
 
 def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirror: machine.AptMirror) -> None:
-    if shell.which("debootstrap") is None:
-        outer_engine.install(["debootstrap"])
+    prerequisites.have("debootstrap")
     paths.cache.mkdir(parents=True, exist_ok=True)
     log = paths.cache / "debootstrap.log"
     log.unlink(missing_ok=True)
@@ -102,7 +105,10 @@ def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirro
             ),
             log=log,
         )
-        pack = f"rm -rf {root}/var/cache/apt/archives/*.deb {root}/var/lib/apt/lists/*; tar -C {root} -cf {work}/root.tar ."
+        pack = (
+            f"rm -rf {root}/var/cache/apt/archives/*.deb {root}/var/lib/apt/lists/*; "
+            f"tar -C {root} -cf {work}/root.tar ."
+        )
         shell.run(shell.as_root(["sh", "-euc", pack]))
         docker.run("import", "--change", 'CMD ["/bin/bash"]', str(work / "root.tar"), f"{tag}-bare")
         files = {

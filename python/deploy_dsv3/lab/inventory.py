@@ -15,7 +15,8 @@ from . import hosts, images
 _FILES = ("hosts.ini", "group_vars/all.yml")
 
 _HOSTS = """\
-# Written by `deploy-dsv3 lab up`; `lab up` writes it again. A SIMULATION: the GPUs of these hosts do not exist.
+# Written by `deploy-dsv3 lab up`; `lab up` writes it again.
+# A SIMULATION: the GPUs of these hosts do not exist.
 [dsv3_head]
 {head}
 

@@ -75,7 +75,7 @@ def files() -> dict[str, bytes]:
 
 
 def safetensors(name: str, data: bytes) -> bytes:
-    """A safetensors file with one tensor of bytes: length of the header, header, data (the format's specification)."""
+    """A safetensors file with one tensor of bytes: header length, header, data (as the format says)."""
     header = json.dumps(
         {name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}
     ).encode()

@@ -1,4 +1,4 @@
-"""The addresses of a lab: its own /24 of 198.18.0.0/16, so that it never collides with a site's (RFC 2544)."""
+"""The addresses of a lab: its own /24 of a range for tests (RFC 2544), which no site uses."""
 
 from __future__ import annotations
 

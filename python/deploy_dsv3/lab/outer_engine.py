@@ -1,35 +1,31 @@
 """The Docker engine that holds the lab's containers: one that is there, or a private one that the lab starts.
 
-A running engine is used when it can carry hosts (same kernel, root, a storage that nests). Otherwise the lab starts
-a dockerd of its own, with its own data, sockets and log, beside anything else; only that one is ever stopped.
+A running engine is used when it can carry hosts (same kernel, root, a storage that nests). Otherwise the
+lab starts a dockerd of its own, with its own data, sockets and log, beside anything else; only that one
+is ever stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from . import machine, shell
+from . import machine, prerequisites, shell
 from .docker_cli import DockerCli
 from .errors import LabError
 from .paths import LabPaths
 
 Choice = Literal["auto", "running", "private"]
 
-#: The private engine's default network (builds use it), of the range that test networks may take (RFC 2544).
-_BRIDGE = "dsv3lab0"
-_BRIDGE_ADDRESS = "198.19.0.1/24"
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 40.0
-_POLICY = Path("/usr/sbin/policy-rc.d")
+_FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 class OuterEngine(Protocol):
@@ -103,7 +99,7 @@ class PrivateEngine:
             f"--pidfile={self.paths.runtime / 'docker.pid'}",
             f"--host=unix://{self.socket}",
             f"--group={os.getgid()}",
-            f"--bridge={_BRIDGE}",  # docker0 may be another engine's
+            "--bridge=none",  # docker0 may be another engine's; labs bring networks of their own
             "--storage-driver=overlay2",
         ]
 
@@ -120,14 +116,11 @@ class PrivateEngine:
     def ensure(self) -> None:
         if self.pid() and self.docker.info():
             return
-        install_docker()
+        prerequisites.have("dockerd", "docker", "iptables")
         for folder in (self.paths.state, self.paths.cache / "docker"):
             folder.mkdir(parents=True, exist_ok=True)
         shell.run(shell.as_root(["mkdir", "--parents", str(self.paths.runtime)]))
-        if not Path("/sys/class/net", _BRIDGE).exists():
-            shell.run(shell.as_root(["ip", "link", "add", _BRIDGE, "type", "bridge"]))
-            shell.run(shell.as_root(["ip", "address", "add", _BRIDGE_ADDRESS, "dev", _BRIDGE]))
-            shell.run(shell.as_root(["ip", "link", "set", _BRIDGE, "up"]))
+        self._remember_forwarding()
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 shell.as_root(self.command()),
@@ -159,9 +152,28 @@ class PrivateEngine:
                     remedy=f"Look at {self.log}; then end the process yourself and run `lab down` again.",
                 )
             time.sleep(0.1)
-        # What dockerd leaves behind.
-        shell.run(shell.as_root(["ip", "link", "delete", _BRIDGE]), check=False)
+        self._restore_forwarding()
         shell.run(shell.as_root(["rm", "--recursive", "--force", str(self.paths.runtime)]))
+
+    # dockerd switches the machine's forwarding on, and does not switch it off again.
+
+    def _remember_forwarding(self) -> None:
+        record = self.paths.state / "forwarding.json"
+        if record.exists():
+            return
+        rules = shell.run(shell.as_root([shell.which("iptables") or "iptables", "-S", "FORWARD"])).stdout
+        found = {"enabled": _FORWARDING.read_text().strip(), "policy": rules.split()[2]}
+        record.write_text(json.dumps(found) + "\n")
+
+    def _restore_forwarding(self) -> None:
+        record = self.paths.state / "forwarding.json"
+        found = json.loads(record.read_text()) if record.exists() else {}
+        if found.get("enabled") == "0":  # nobody else forwarded before, so nobody relies on it now
+            shell.run(shell.as_root(["sysctl", "-q", "-w", "net.ipv4.ip_forward=0"]))
+            shell.run(
+                shell.as_root([shell.which("iptables") or "iptables", "-P", "FORWARD", found["policy"]])
+            )
+        record.unlink(missing_ok=True)
 
 
 def choose(paths: LabPaths, choice: Choice = "auto") -> OuterEngine:
@@ -224,48 +236,3 @@ def recall(paths: LabPaths) -> OuterEngine | None:
 def forget(paths: LabPaths) -> None:
     """Drop the record: no lab is left."""
     (paths.state / "engine.json").unlink(missing_ok=True)
-
-
-def install_docker() -> None:
-    """Have dockerd, its client and iptables installed on this machine; installs what is missing from its own mirror.
-
-    Raises:
-        LabError: they cannot be installed.
-    """
-    missing = [
-        package
-        for command, package in (("dockerd", "docker.io"), ("docker", "docker.io"), ("iptables", "iptables"))
-        if shell.which(command) is None
-    ]
-    install(missing)
-
-
-def install(packages: list[str]) -> None:
-    """apt-get install, without starting services."""
-    if not packages:
-        return
-    if shell.which("apt-get") is None:
-        raise LabError(
-            f"{', '.join(sorted(set(packages)))} is not installed",
-            remedy="Install it with the packages of this machine.",
-        )
-    with _no_service_starts():
-        environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
-        apt = [*environment, "apt-get", "--quiet", "--yes", "--no-install-recommends"]
-        shell.run(shell.as_root([*environment, "apt-get", "--quiet", "update"]))
-        shell.run(shell.as_root([*apt, "install", *sorted(set(packages))]))
-
-
-@contextlib.contextmanager
-def _no_service_starts() -> Iterator[None]:
-    # Debian's way to say that a package's service is not to be started on installation.
-    if _POLICY.exists():
-        yield
-        return
-    shell.run(
-        shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n"
-    )
-    try:
-        yield
-    finally:
-        shell.run(shell.as_root(["rm", "--force", str(_POLICY)]))

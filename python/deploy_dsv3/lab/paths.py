@@ -19,7 +19,7 @@ class LabPaths:
     Attributes:
         state: what describes running labs; removed by the last `lab down`.
         cache: what is slow to make: images (the private engine's data), built packages.
-        inventory: where the inventory is written unless told otherwise, the lab's name in place of ``{name}``.
+        inventory: where the inventory is written by default, the lab's name in place of ``{name}``.
     """
 
     state: Path

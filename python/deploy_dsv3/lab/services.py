@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import machine, network, packages
+from . import machine, network, packages, repository
 from .docker_cli import DockerCli, File
 from .errors import LabError
 from .hosts import Host
@@ -121,13 +121,10 @@ class Services:
         found = self.docker.inspect("image", local)
         if found is None:
             raise LabError(f"the image {local} is not there")
-        if self._served_image_id() == found["Id"]:
+        if found["Id"] in self._served_image_ids():
             return False
-        port = (
-            self.docker.run("port", f"dsv3-{self.lab}-registry", str(_REGISTRY_PORT))
-            .stdout.split()[0]
-            .rsplit(":", 1)[1]
-        )
+        published = self.docker.run("port", f"dsv3-{self.lab}-registry", str(_REGISTRY_PORT)).stdout.split()
+        port = published[0].rpartition(":")[2]
         # 127.0.0.0/8 needs no TLS for any daemon, so a running engine's settings stay as they are.
         target = f"127.0.0.1:{port}/{ENGINE_IMAGE}:{ENGINE_TAG}"
         self.docker.run("tag", local, target)
@@ -144,24 +141,26 @@ class Services:
             wanted: name to version.
         """
         found = packages.closure(packages.plan(machine.kernel_release()), wanted)
-        files = {
-            f"/var/tmp/{p.deb}": File(content=packages.deb_path(self.repository, p).read_bytes())
-            for p in found
-        }
+        debs = repository.deb_files(self.repository, found)
+        files = {f"/var/tmp/{path.name}": File(content=path.read_bytes()) for path in debs}
         host.docker.copy_in(host.container, files)
         host.run(["sh", "-c", 'dpkg --install "$@"; code=$?; rm -f "$@"; exit $code', "install", *files])
         # The vendor leaves the fabric manager to the administrator to enable.
         host.run(["systemctl", "enable", "nvidia-fabricmanager.service"], check=False)
 
-    def _served_image_id(self) -> str:
+    def _served_image_ids(self) -> set[str]:
+        """Digests of configuration and manifest: an image's ID is one of them, by the daemon's store."""
         request = urllib.request.Request(
             f"http://{self.registry}/v2/{ENGINE_IMAGE}/manifests/{ENGINE_TAG}", headers={"Accept": _MANIFEST}
         )
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
-                return str(json.load(answer)["config"]["digest"])
+                return {
+                    str(json.load(answer)["config"]["digest"]),
+                    str(answer.headers["Docker-Content-Digest"]),
+                }
         except urllib.error.HTTPError:
-            return ""
+            return set()
 
 
 def _wait(url: str) -> None:

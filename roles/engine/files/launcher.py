@@ -886,9 +886,10 @@ class Child:
 class Watcher:
     """Keeps `watch` running against one GCS and holds the last look at the cluster."""
 
-    def __init__(self, python: str, address: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, python: str, node: Node, environment: Mapping[str, str]) -> None:
         self.cluster = Cluster(seen_at=0.0)
-        self._argv = [python, str(Path(__file__).resolve()), "watch", address, str(WATCH_INTERVAL_S)]
+        self._node = node
+        self._argv = [python, str(Path(__file__).resolve()), "watch", node.head, str(WATCH_INTERVAL_S)]
         self._environment = environment
         self._child: Child | None = None
         self._next_start = 0.0
@@ -903,6 +904,10 @@ class Watcher:
         elif self._child and now - max(self.cluster.seen_at, self._started) > 2 * STALE_AFTER_S:
             self.stop()
         if self._child is None and now >= self._next_start:
+            # Ray's client takes many seconds to give up on a port where nothing listens yet.
+            if fault := connect_fault(self._node.head_address, self._node.ports.port):
+                self.trouble, self._next_start = fault, now + 0.5
+                return
             self._started = now
             self._child = Child("watcher", self._argv, self._environment, self._take)
 
@@ -953,7 +958,7 @@ class Supervisor:
         self._python = interpreter_of(self._ray_tool)
         self._environment = {**RAY_ENVIRONMENT, **os.environ, "RAY_ADDRESS": node.head}
         self._ray: Child | None = None
-        self._watcher = Watcher(self._python, node.head, self._environment)
+        self._watcher = Watcher(self._python, node, self._environment)
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1220,7 +1225,7 @@ class Progress:
 def connect_fault(host: str, port: int) -> str:
     """Try a TCP connection; return what went wrong, empty when it stood."""
     try:
-        with socket.create_connection((host, port), timeout=3):
+        with socket.create_connection((host, port), timeout=1.5):
             return ""
     except OSError as error:
         return f"cannot connect to {host}:{port}: {error.strerror or error}"

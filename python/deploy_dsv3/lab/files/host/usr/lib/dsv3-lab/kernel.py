@@ -1,10 +1,10 @@
 #!/usr/bin/python3 -IS
 """The simulated kernel of a lab host: PCI GPUs, HCAs, drivers and a boot of its own.
 
-A SIMULATION, part of the deploy-dsv3 lab. The container of a lab host starts here (`boot`), before systemd, as
-firmware and kernel do on a server. It shows the hardware that hardware.json describes under the real paths
-(/sys/bus/pci/devices, /sys/class/infiniband, /dev/infiniband, /proc/driver/nvidia, /sys/module), and answers
-`modprobe`, `lsmod` and `modinfo` for the modules of that hardware.
+A SIMULATION, part of the deploy-dsv3 lab. The container of a lab host starts here (`boot`), before
+systemd, as firmware and kernel do on a server. It shows the hardware that hardware.json describes under
+the real paths (/sys/bus/pci/devices, /sys/class/infiniband, /dev/infiniband, /proc/driver/nvidia,
+/sys/module), and answers `modprobe`, `lsmod` and `modinfo` for the modules of that hardware.
 
 Standard library only: it runs on bare hosts.
 """
@@ -83,7 +83,7 @@ def overlay(path: str) -> None:
 
 
 def boot() -> None:
-    """What a machine does before its init: a fresh boot, hardware on the bus, drivers for it; then systemd."""
+    """What a machine does before its init: a fresh boot, hardware on the buses, drivers; then systemd."""
     STATE.mkdir(parents=True, exist_ok=True)
     write(STATE / "boot_id", str(uuid.uuid4()))  # the kernel's own is the machine's, and never changes
     run("mount", "--bind", f"{STATE}/boot_id", "/proc/sys/kernel/random/boot_id")
@@ -447,7 +447,7 @@ def modinfo(arguments: list[str]) -> int:
 
 
 def modules_load(_arguments: list[str]) -> int:
-    """What systemd-modules-load does, for the simulated modules; others belong to the machine's own kernel."""
+    """What systemd-modules-load does, for simulated modules; others belong to the machine's kernel."""
     for folder in ("/usr/lib/modules-load.d", "/run/modules-load.d", "/etc/modules-load.d"):
         for path in sorted(Path(folder).glob("*.conf")) if Path(folder).is_dir() else ():
             for line in path.read_text().splitlines():

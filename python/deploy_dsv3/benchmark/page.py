@@ -1,0 +1,253 @@
+"""The report of a run: one HTML page that needs nothing but itself, and the same in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+import deploy_dsv3
+from deploy_dsv3.benchmark import plots
+from deploy_dsv3.benchmark.display import duration
+from deploy_dsv3.benchmark.plan import Plan, Row
+from deploy_dsv3.benchmark.runs import RowResult, RunFolder
+
+_LATENCIES = (
+    ("ttft_ms", "Time to first token"),
+    ("tpot_ms", "Time per output token"),
+    ("itl_ms", "Inter-token latency"),
+    ("e2e_ms", "End to end"),
+)
+_TEXTS = {
+    "sharegpt": "ShareGPT, cut or repeated to length by the model's tokenizer, as upstream does",
+    "synthetic": "SYNTHETIC (not ShareGPT): random common words, cut to length by the model's tokenizer",
+    "synthetic-words": "SYNTHETIC (not ShareGPT): random common words, counted, without a tokenizer",
+}
+# Where the server's own count and what was asked for differ by more, the figures are not what they say.
+_MOST_MISCOUNT = 0.005
+# A generator that is busier than this may itself be what is measured.
+_MOST_BUSY = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of the guide's table."""
+
+    name: str
+    published: float | None
+    measured: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured / published."""
+        return self.measured / self.published if self.measured is not None and self.published else None
+
+    @property
+    def grade(self) -> str:
+        """For its colour: `good` from 95 % of the published on, `fair` from 80 %, else `poor`."""
+        if self.ratio is None:
+            return ""
+        return "good" if self.ratio >= 0.95 else "fair" if self.ratio >= 0.8 else "poor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row of the table, measured or not."""
+
+    row: Row
+    label: str
+    result: RowResult | None
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...]
+    """What keeps the row from being taken at face value."""
+
+
+def render(folder: RunFolder) -> tuple[str, str]:
+    """The report of a run as HTML and as Markdown.
+
+    Raises:
+        UsageError: the folder holds no run, or a row that cannot be read.
+    """
+    known = folder.read()
+    plan = folder.plan()
+    lines = [_line(folder, row, plan) for row in plan.rows]
+    results = [line.result for line in lines if line.result]
+    ratios = [line.cells[1].ratio for line in lines if line.cells[1].ratio]
+    data = {
+        "version": deploy_dsv3.__version__,
+        "run": known,
+        "plan": plan,
+        "lines": lines,
+        "headline": _headline(lines, ratios),
+        "overall": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
+        "latencies": _LATENCIES,
+        "facts": _facts(known, plan, results),
+        "pictures": _pictures(lines),
+        "has_published": any(line.row.published for line in lines),
+    }
+    environment = Environment(
+        loader=PackageLoader("deploy_dsv3.benchmark", "templates"),
+        autoescape=select_autoescape(["html.j2"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, percent=percent, duration=duration)
+    return tuple(environment.get_template(name).render(data) for name in ("report.html.j2", "report.md.j2"))  # type: ignore[return-value]
+
+
+def number(value: float | None) -> str:
+    """A figure for people: `3,489.5`, `0.071`, or a dash."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """`98 %`, or a dash."""
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _line(folder: RunFolder, row: Row, plan: Plan) -> Line:
+    result = folder.result(row)
+    names = ("input_throughput", "output_throughput", "request_throughput")
+    cells = tuple(
+        Cell(
+            name=name,
+            published=getattr(row.published, name) if row.published else None,
+            measured=getattr(result.figures, name) if result else None,
+        )
+        for name in names
+    )
+    label = f"out {row.output_len:,}" if row.output_len else "ShareGPT"
+    return Line(row=row, label=label, result=result, cells=cells, notes=tuple(_notes(folder, row, result)))
+
+
+def _notes(folder: RunFolder, row: Row, result: RowResult | None) -> list[str]:
+    attempts = [attempt["why"] for attempt in folder.attempts(row) if "why" in attempt]
+    if result is None:
+        return [f"NOT COUNTED: {attempts[-1]}"] if attempts else ["not measured"]
+    notes, figures, record = [], result.figures, result.record
+    if figures.failed:
+        worst = ", ".join(f"{error['count']} × {error['error']}" for error in record["errors"][:3])
+        notes.append(f"{figures.failed} of {row.num_prompts} requests FAILED and are in no figure: {worst}")
+    if row.num_prompts < row.published_prompts:
+        notes.append(
+            f"{row.num_prompts} prompts, published with {row.published_prompts}: "
+            "ramp and tail weigh more, so this does not compare"
+        )
+    if row.concurrency:
+        why = record["environment"].get("in_flight", {}).get(row.name, "as asked")
+        notes.append(f"at most {row.concurrency} requests in flight ({why}); upstream sends all at once")
+    running, wanted = record["environment"].get("max_batch_size", 0), row.max_batch_size
+    if running and wanted and running != wanted:
+        notes.append(f"measured with max batch size {running}; the row calls for {wanted}")
+    asked, counted = figures.total_output_tokens, figures.counted_output_tokens
+    if counted is not None and abs(counted - asked) > _MOST_MISCOUNT * asked:
+        notes.append(
+            f"the server counted {counted:,} output tokens where {asked:,} were asked for "
+            "and are counted here, as upstream does"
+        )
+    if record["client"]["busy"] > _MOST_BUSY:
+        busy = percent(record["client"]["busy"])
+        notes.append(f"the load generator kept its core {busy} busy and may itself be the limit")
+    if attempts:
+        notes.append(f"{len(attempts)} earlier attempt{'s' if len(attempts) > 1 else ''} kept in attempts/")
+    return notes
+
+
+def _headline(lines: Sequence[Line], ratios: Sequence[float]) -> str:
+    measured = sum(1 for line in lines if line.result)
+    done = f"{measured} of {len(lines)} rows measured"
+    if not ratios:
+        return f"{done}."
+    lowest = min(lines, key=lambda line: line.cells[1].ratio or math.inf)
+    return (
+        f"{done}; the lowest is {lowest.label} with {percent(lowest.cells[1].ratio)} of the published output."
+    )
+
+
+def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> list[tuple[str, str]]:
+    last: Any = results[-1].record if results else {}
+    environment = last.get("environment", {})
+    gpus = environment.get("gpus") or {}
+    image = environment.get("image") or {}
+    versions = environment.get("versions") or {}
+    texts = sorted({result.record["text"] for result in results})
+    rate = f"Poisson, {plan.request_rate:g}/s" if plan.request_rate else "all at once"
+    lengths = f"uniform in 1…L (range ratio {plan.range_ratio:g}), seed {plan.seed}, rule {plan.lengths}"
+    facts = [
+        ("Measured", f"{results[0].record['started']} to {last['ended']}" if results else "nothing yet"),
+        ("Endpoint", f"{known.get('base_url', '')}, load from the {last.get('where', 'control')} machine"),
+        ("Model", str(last.get("model", ""))),
+        ("Layout", str(environment.get("layout", ""))),
+        ("GPUs", _gpus(gpus)),
+        ("Driver", str(environment.get("driver", ""))),
+        ("NCCL transport", f"{environment['nccl_transport']}, as configured" if environment else ""),
+        ("Image", " ".join(filter(None, (str(image.get("name", "")), str(image.get("digest", "")))))),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Serving command", " ".join(environment.get("serve_argv", ()))),
+        ("Request lengths", lengths if plan.dataset == "random" else "ShareGPT's own"),
+        ("Prompt text", "; ".join(_TEXTS[text] for text in texts)),
+        ("Arrivals", rate),
+        ("Run", f"profile {plan.profile}, plan {plan.fingerprint()}, begun {known['created']}"),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _gpus(gpus: dict[str, Any]) -> str:
+    if not gpus.get("name"):
+        return ""
+    counts = gpus.get("per_node", {})
+    spread = " + ".join(str(count) for count in counts.values())
+    return f"{spread} × {gpus['name']}"
+
+
+def _pictures(lines: Sequence[Line]) -> dict[str, Markup]:
+    bars = [
+        plots.Bar(
+            label=line.label,
+            measured=line.cells[1].measured,
+            published=line.cells[1].published,
+            note="not counted" if line.notes and line.notes[0].startswith("NOT COUNTED") else "",
+        )
+        for line in lines
+    ]
+    measured = [(line, line.result) for line in lines if line.result]
+    panels = []
+    for name, title in _LATENCIES:
+        spreads = [(line.label, getattr(result.figures, name)) for line, result in measured]
+        panels.append(
+            (
+                title,
+                [
+                    plots.LatencyRow(label=label, p50=spread.p50, p90=spread.p90, p99=spread.p99)
+                    for label, spread in spreads
+                    if spread
+                ],
+            )
+        )
+    courses = [
+        plots.Course(
+            label=line.label,
+            rates=plots.rates(result.record["timeline"]),
+            bin_s=result.record["timeline"]["bin_s"],
+            mean=result.figures.output_throughput,
+            published=line.cells[1].published,
+        )
+        for line, result in measured
+    ]
+    # Every text in these is escaped where they are drawn.
+    return {
+        "throughput": Markup("".join(plots.throughput(bars, width) for width in (plots.WIDE, plots.NARROW))),
+        "latency": Markup("".join(plots.latencies(panels, width) for width in (plots.WIDE, plots.NARROW))),
+        "course": Markup("".join(plots.courses(courses, width) for width in (plots.WIDE, plots.NARROW))),
+    }
