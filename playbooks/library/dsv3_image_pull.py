@@ -16,8 +16,8 @@ DOCUMENTATION = r"""
 module: dsv3_image_pull
 short_description: Pull an image by digest, or tell how far a pull is
 description:
-  - C(community.docker.docker_image_pull) is silent until the end, which for an engine image is half an hour. This module asks the
-    daemon for the same pull and keeps its progress in a file, which the state C(progress) reads.
+  - C(community.docker.docker_image_pull) is silent until the end, which for an engine image is half an hour. This
+    module asks the daemon for the same pull and keeps its progress in a file, which the state C(progress) reads.
   - The daemon keeps finished layers, so that a pull that was cut off goes on where it was.
 options:
   name:

@@ -12,9 +12,10 @@ DOCUMENTATION = r"""
 module: dsv3_weights
 short_description: Check a folder of safetensors weights against its index
 description:
-  - Reads C(model.safetensors.index.json) (or takes the single C(model.safetensors)) and compares every shard that it names with
-    what is on disk. The size that a shard must have follows from the shard's own header (8 bytes length, JSON header, then the
-    tensors up to the largest C(data_offsets)), as the safetensors format defines it. Nothing is hashed or changed.
+  - Reads C(model.safetensors.index.json) (or takes the single C(model.safetensors)) and compares every shard that
+    it names with what is on disk. The size that a shard must have follows from the shard's own header (8 bytes
+    length, JSON header, then the tensors up to the largest C(data_offsets)), as the safetensors format defines it.
+    Nothing is hashed or changed.
 options:
   path:
     description: Folder of the weights.
@@ -75,7 +76,10 @@ def expected_size(path: str) -> int:
 
 
 def shards_of(path: str) -> list[str]:
-    """File names of the shards in folder `path`, from its index or the single file; raises ValueError if there is neither."""
+    """File names of the shards in folder `path`, from its index or the single file.
+
+    Raises ValueError when there is neither.
+    """
     index = os.path.join(path, _INDEX)
     if os.path.isfile(index):
         with open(index, encoding="utf-8") as file:

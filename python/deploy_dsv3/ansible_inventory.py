@@ -122,7 +122,7 @@ def _plain(value: Any) -> Any:
     from ansible.parsing.vault import EncryptedString
 
     if isinstance(value, EncryptedString):
-        return str(value)
+        return _plain(str(value))
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Mapping):
@@ -226,6 +226,7 @@ class Loader:
         return ", ".join(map(str, self._paths))
 
     def _open_vault(self, loader: Any) -> None:
+        from ansible import constants
         from ansible.errors import AnsibleError
         from ansible.parsing.vault import VaultSecret, VaultSecretsContext, get_file_vault_secret
 
@@ -233,16 +234,19 @@ class Loader:
         errors: list[ConfigError] = []
         if self._vault.password:
             secrets.append(("default", VaultSecret(self._vault.password.encode())))
-        for item in self._vault.password_files:
+        # ansible.cfg and Ansible's environment variables name some as well.
+        configured = [*constants.DEFAULT_VAULT_IDENTITY_LIST, constants.DEFAULT_VAULT_PASSWORD_FILE]
+        for item in (*self._vault.password_files, *filter(None, configured)):
             label, _, name = item.rpartition("@")
-            problem = check_secret_file(Path(name).expanduser(), what="vault password file")
+            path = Path(name).expanduser()
+            problem = check_secret_file(path, what="vault password file")
             if problem:
                 errors.append(problem)
                 continue
             try:
                 with _listening():
                     secret = get_file_vault_secret(
-                        filename=str(Path(name).expanduser()), vault_id=label or "default", loader=loader
+                        filename=str(path), vault_id=label or "default", loader=loader
                     )
                     secret.load()
             except (AnsibleError, OSError) as error:
@@ -259,8 +263,8 @@ class Loader:
         if errors:
             raise ConfigErrors(errors)
         loader.set_vault_secrets(secrets)
-        # Values encrypted one by one are opened through this process-wide context, which Ansible's own
-        # command line sets once; here each load sets its own.
+        # Values encrypted one by one are opened through this process-wide context, which Ansible's own command
+        # line sets once; here each load sets its own.
         VaultSecretsContext._current = VaultSecretsContext(secrets)
 
     def _extra_vars(self, loader: Any, options: Sequence[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ CAUSES: Sequence[Cause] = (
     ),
     _known(
         "dns",
-        r"Could not resolve hostname|Name or service not known|Temporary failure in name resolution",
+        r"Could not resolve hostname",
         "the host's name has no address",
         "Correct the name, or set ansible_host to the address.",
         unreachable=True,
@@ -149,10 +149,20 @@ CAUSES: Sequence[Cause] = (
 )
 
 
-def diagnose(text: str) -> Cause | None:
+def diagnose(text: str, *, connected: bool) -> Cause | None:
     """The known cause of an error text, None if it is none of the known ones.
 
     Args:
         text: message, stderr and stdout of a failed connection or module.
+        connected: whether the host was reached. A module that failed for reasons of its own may quote words such as
+            "connection refused" (by a registry, say): of what keeps from a host, only sudo's words count then.
     """
-    return next((known for known in CAUSES if known.pattern.search(text)), None)
+    return next(
+        (
+            known
+            for known in CAUSES
+            if (not connected or not known.unreachable or known.code.startswith("sudo-"))
+            and known.pattern.search(text)
+        ),
+        None,
+    )

@@ -176,7 +176,7 @@ class Translator:
         if kind == "playbook_on_play_start":
             name = str(data.get("name", ""))
             stage, found, title = name.partition(":")
-            self._stage = stage.strip() if found else ""
+            self._stage = stage.strip().lower() if found else ""
             yield StageStarted(time=time, stage=self._stage, title=(title if found else name).strip())
         elif kind == "playbook_on_task_start":
             yield TaskStarted(
@@ -226,7 +226,8 @@ class Translator:
     def _failure(self, data: Mapping[str, Any], result: Mapping[str, Any], *, unreachable: bool) -> Failure:
         host = str(data["host"])
         findings = _findings(result, host)
-        message = failure_message(result)
+        whole = failure_message(result)
+        message, cause, remedy = told(whole)
         failure = Failure(
             host=host,
             stage=self._stage,
@@ -234,14 +235,14 @@ class Translator:
             role=str(data.get("role") or ""),
             code="unreachable" if unreachable else "task-failed",
             message=message,
+            cause=cause,
+            remedy=remedy,
             unreachable=unreachable,
             findings=findings,
         )
-        known = diagnose(f"{message}\n{result.get('module_stderr', '')}\n{result.get('module_stdout', '')}")
-        # A module that failed for its own reasons may quote such words too (a registry that refuses
-        # connections): unless Ansible says unreachable, only what becoming root says about itself counts as
-        # not reached.
-        if known and (unreachable or not known.unreachable or known.code.startswith("sudo-")):
+        said = f"{whole}\n{result.get('module_stderr', '')}\n{result.get('module_stdout', '')}"
+        known = diagnose(said, connected=not unreachable)
+        if known:
             return replace(
                 failure,
                 code=known.code,
@@ -253,6 +254,22 @@ class Translator:
         if own:
             return replace(failure, code=own[0].code, cause=own[0].cause, remedy=own[0].remedy)
         return _by_signature(failure)
+
+
+def told(message: str) -> tuple[str, str, str]:
+    """Found, cause and remedy of a message of ours.
+
+    Roles and plugins write "FOUND. Likely cause: CAUSE. Remedy: REMEDY" (or the remedy without its word), so that
+    plain ansible-playbook tells all of it. A message of another shape is all found.
+    """
+    found, marker, rest = message.partition("Likely cause:")
+    if not marker:
+        found, _, remedy = message.partition("Remedy:")
+        return found.strip(), "", remedy.strip()
+    cause, marker, remedy = rest.partition("Remedy:")
+    if not marker:
+        cause, _, remedy = rest.partition(". ")
+    return found.strip(), cause.strip().rstrip("."), remedy.strip()
 
 
 def _by_signature(failure: Failure) -> Failure:

@@ -231,6 +231,11 @@ def leaks(config: str, name: str, inspect: Mapping[str, Any] | None) -> list[dic
     ]
 
 
+def local_ports() -> list[int]:
+    """First and last port that the kernel hands out where a program names none, as NCCL and Gloo do."""
+    return [int(port) for port in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()]
+
+
 def cdi_spec(path: str) -> str:
     """Text of the specification that names the GPUs for containers; "" where there is none."""
     try:
@@ -268,6 +273,7 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
     read("documents", lambda: documents(config, state))
     read("health", lambda: health(seen.get("documents", {}).get("serve")))
     read("units", units)
+    read("local_ports", local_ports)
     if request["deep"]:
         inspect = seen.get("container", {}).get("inspect")
         if inspect and inspect["State"]["Running"]:

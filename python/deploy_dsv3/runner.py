@@ -68,7 +68,6 @@ class Job:
         check, diff: as Ansible's options.
         verbosity: number of ``-v``.
         passwords: for sudo and vaults.
-        secrets: values to strike out of the log.
     """
 
     playbook: Path
@@ -83,7 +82,6 @@ class Job:
     diff: bool = False
     verbosity: int = 0
     passwords: Passwords = field(default_factory=Passwords)
-    secrets: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcome:
@@ -106,20 +104,24 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
 
     outcome = Outcome()
     translator = Translator()
+    broken: list[Exception] = []
 
     def handle(event: dict[str, Any]) -> bool:
-        log.write(event)
-        for record in translator.translate(event):
-            outcome.add(record)
-            on_record(record)
+        try:
+            log.write(event)
+            for record in translator.translate(event):
+                outcome.add(record)
+                on_record(record)
+        except Exception as error:  # Ansible must not go on unwatched: end it, then tell
+            broken.append(error)
+            stop.now = True
         return True  # ansible-runner keeps an event only if its handler says so
 
     with _private_directory() as private, _stop_on_signal(private / "stop") as stop:
         result = ansible_runner.run(
             private_data_dir=str(private),
-            project_dir=str(
-                Path.cwd()
-            ),  # relative paths in an inventory mean what they mean to ansible-playbook
+            # Relative paths in an inventory mean what they mean to ansible-playbook.
+            project_dir=str(Path.cwd()),
             playbook=str(job.playbook),
             inventory=[str(path.absolute()) for path in job.inventories],
             limit=job.limit or None,
@@ -135,6 +137,8 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
             event_handler=handle,
             cancel_callback=lambda: stop.now,
         )
+    if broken:
+        raise broken[0]
     if stop.signal_number:
         raise Interrupted(stop.signal_number, message="stopped after the task that was running")
     if not outcome.finished and not outcome.failures:

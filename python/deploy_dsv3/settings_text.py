@@ -17,8 +17,9 @@ from typing import Any, TextIO
 from deploy_dsv3 import setting_rules
 from deploy_dsv3.settings import Setting, Settings, Value, catalogue
 
-BEGIN = "<!-- settings: begin; written by `python -m deploy_dsv3.settings_text FILE` -->"
-END = "<!-- settings: end -->"
+BEGIN = "<!-- settings:begin -->"
+END = "<!-- settings:end -->"
+_ORIGIN = "<!-- Written by `python -m deploy_dsv3.settings_text FILE` from the roles' argument_specs. -->"
 
 _JSON_TYPES = {
     "str": "string",
@@ -147,7 +148,7 @@ def insert(text: str, known: Mapping[str, Setting] | None = None) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the markers are missing:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n\n{markdown(known)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{_ORIGIN}\n\n{markdown(known)}\n{END}{after}"
 
 
 def json_schema(known: Mapping[str, Setting] | None = None) -> dict[str, Any]:

@@ -53,9 +53,9 @@ class NodeStatus:
 class EngineStatus:
     """The engine, as its launcher on the head and its own /health tell it.
 
-    `phase` is the launcher's (``serving``, ``loading``, ...; "" where it says nothing), `since` in seconds since
-    the epoch, `phases` the seconds of each phase of the last start. `health` is /health on the head: the HTTP
-    status, 0 for no answer, None where nothing is to serve yet.
+    `phase` is the launcher's (``serving``, ``loading``, ...; "" where it says nothing), `since` in seconds
+    since the epoch, `phases` the seconds of each phase of the last start. `health` is /health on the head:
+    the HTTP status, 0 for no answer, None where nothing is to serve yet.
     """
 
     phase: str = ""
@@ -278,7 +278,7 @@ def _endpoint(settings: Mapping[str, Any], address: str, model: str, *, canary: 
                 request = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
                 facts["completion"] = http.post("/v1/completions", json=request).status_code
                 facts["completion_seconds"] = round(time.monotonic() - started, 3)
-    except (httpx.HTTPError, ValueError, KeyError, OSError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, OSError) as error:
         return EndpointStatus(**facts, error=f"{url}: {error}" if str(error) else f"{url}: {error!r}")
     return EndpointStatus(**facts)
 
@@ -305,7 +305,8 @@ def render(report: StatusReport, stream: TextIO) -> None:
     """Write the report for people: a headline and a table for each replica."""
     from rich.console import Console
 
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    # A file or a pipe has no width of its own.
+    console = Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else 200)
     for replica in report.replicas:
         _render_replica(console, replica, report.time)
 
@@ -339,7 +340,7 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
             f"{node.gpus}/{'?' if node.gpus_expected is None else node.gpus_expected}",
             {None: "?", True: f"{node.ray_gpus} GPUs", False: "no"}[node.ray_alive],
         )
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print()
 
 

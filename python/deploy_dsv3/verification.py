@@ -246,13 +246,14 @@ def render(report: VerificationReport, stream: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    # A file or a pipe has no width of its own.
+    console = Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else 200)
     hosts = list(dict.fromkeys(check.host for check in report.checks))
     rows: dict[tuple[str, str], dict[str, Check]] = {}
     for check in report.checks:
         rows.setdefault((check.suite, check.check), {})[check.host] = check
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("check", no_wrap=True)
+    table.add_column("check")
     for title in hosts if len(hosts) <= _COLUMNS else ("hosts",):
         table.add_column(title, no_wrap=True)
     suite = ""
@@ -267,8 +268,7 @@ def render(report: VerificationReport, stream: TextIO) -> None:
             tally = f"{len(found) - len(bad)}/{len(found)}"
             cells = [Text(f"{tally} {', '.join(bad)}".strip(), style="red" if bad else "green")]
         table.add_row(f"  {sentence}", *cells)
-    # A pipe has no width; the table takes what it needs.
-    console.print(table, width=console.width if console.is_terminal else 1000)
+    console.print(table, soft_wrap=False)
     for check in report.failures:
         console.print(Text.assemble((f"\n{check.host}: {check.check}", "bold red")))
         console.print(Text("  " + check.message.replace("\n", "\n  ")))

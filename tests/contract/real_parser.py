@@ -6,8 +6,9 @@ Reads one JSON document on stdin and prints one on stdout; runs as a script, wit
                                                       or {"accepted": false, "error": "…"}
     {"options": true}                                 →  {"version": "0.18.0", "options": [{"names": […], …}]}
 
-The parser's modules import torch, transformers and more for other purposes. Where one of those is not installed, a
-hollow module takes its place: the parser is LMDeploy's own code either way, and the environment stays small.
+The parser's modules import torch, transformers and more for other purposes. Where one of those is not
+installed, a hollow module takes its place: the parser is LMDeploy's own code either way, and the
+environment stays small.
 """
 
 from __future__ import annotations
@@ -25,10 +26,23 @@ from collections.abc import Sequence
 from typing import Any
 
 # What importing lmdeploy.cli of 0.18.0 needs of others; found by hiding every package but LMDeploy.
-IMPORTED = (
-    "PIL mmengine numpy openai_harmony partial_json_parser psutil pybase64 pydantic requests shortuuid torch tqdm "
-    "transformers typing_extensions urllib3"
-).split()
+IMPORTED = [
+    "PIL",
+    "mmengine",
+    "numpy",
+    "openai_harmony",
+    "partial_json_parser",
+    "psutil",
+    "pybase64",
+    "pydantic",
+    "requests",
+    "shortuuid",
+    "torch",
+    "tqdm",
+    "transformers",
+    "typing_extensions",
+    "urllib3",
+]
 
 
 class _Hollow(type):

@@ -8,6 +8,8 @@ from fleet import Node
 from deploy_dsv3.derive import NodePlan
 from deploy_dsv3.facts import HostFacts, Listener
 
+ALWAYS_OPEN = ("ray_cluster_node_manager_port", "ray_cluster_object_manager_port")
+
 
 def listeners(facts: HostFacts, port: int) -> list[Listener]:
     return [listener for listener in facts.listening if listener.port == port]
@@ -64,15 +66,29 @@ def test_ray_port(node: Node, facts: HostFacts) -> None:
 
 
 def test_known_ports(engine: Node, facts: HostFacts) -> None:
-    """Ray's ports are the ones that were set, so a firewall can know them."""
+    """The engine listens on the ports that were set, so a firewall can know them."""
     settings = engine.settings
-    names = ("node_manager", "object_manager")
-    missing = [
-        f"ray_cluster_{name}_port {settings[f'ray_cluster_{name}_port']}"
-        for name in names
-        if not any(
-            one.container_id == engine.container["Id"]
-            for one in listeners(facts, settings[f"ray_cluster_{name}_port"])
-        )
-    ]
-    assert not missing, f"the engine does not listen on {', '.join(missing)}"
+    ours = {
+        listener.port: listener
+        for listener in facts.listening
+        if listener.container_id == engine.container["Id"] and not is_loopback(listener)
+    }
+    fixed = {
+        name: port
+        for name, port in settings.items()
+        if name.startswith("ray_cluster_") and name.endswith("_port")
+    }
+    missing = [name for name in ALWAYS_OPEN if fixed[name] not in ours]
+    assert not missing, (
+        f"the engine does not listen on {', '.join(f'{name} {fixed[name]}' for name in missing)}"
+    )
+    first, last = engine.seen["local_ports"]
+    known = {
+        *fixed.values(),
+        *range(fixed["ray_cluster_min_worker_port"], fixed["ray_cluster_max_worker_port"] + 1),
+        *range(first, last + 1),
+        settings["lmdeploy_dist_port"],
+        settings["lmdeploy_server_port"],
+    }
+    strange = [listener for port, listener in sorted(ours.items()) if port not in known]
+    assert not strange, f"{described(strange)}: no setting names this port"

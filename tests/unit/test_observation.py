@@ -45,7 +45,7 @@ def test_a_shallow_look_leaves_out_what_takes_time() -> None:
 
 
 def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_the_others() -> None:
-    connections = {
+    connections: dict[str, dict[str, Any]] = {
         "away": {"ansible_host": "127.0.0.1", "ansible_port": 1},
         "here": LOCAL,
         # Known only to Ansible, so it goes the other way.

@@ -15,7 +15,7 @@ import pytest
 from deploy_dsv3 import content, hostvars, verification
 from deploy_dsv3.errors import InternalError
 from deploy_dsv3.topology import Deployment, Replica
-from deploy_dsv3.verification import Check, Expectations, VerificationReport
+from deploy_dsv3.verification import Check, Expectations, Outcome, VerificationReport
 
 SETTINGS = {**hostvars.role_defaults(), "engine_container_name": "no-such-container"}
 LOCAL = {"ansible_connection": "local"}
@@ -121,7 +121,7 @@ def test_a_host_that_cannot_be_reached_is_one_failure_and_exit_6(verify: Verify)
         "def test_it(node:\n",
         "import no_such_module\n",
         "import os\n\ndef test_it(node):\n    '''Ends.'''\n    os._exit(0)\n",
-        "import os, signal\n\ndef test_it(node):\n    '''Dies.'''\n    os.kill(os.getpid(), signal.SIGKILL)\n",
+        "import os\n\ndef test_it(node):\n    '''Dies.'''\n    os.kill(os.getpid(), 9)\n",
         "import pytest\n\ndef test_it(node):\n    '''Stops.'''\n    pytest.exit('enough', 0)\n",
         "import pytest\n\n@pytest.fixture\ndef f():\n    yield\n    1 / 0\n\n"
         "def test_it(node, f):\n    '''Tidies badly.'''\n",
@@ -163,7 +163,7 @@ def test_secrets_are_in_a_file_that_only_its_owner_reads(tmp_path: Path) -> None
         written.write(path)
 
 
-def report_of(*checks: tuple[str, str, str]) -> VerificationReport:
+def report_of(*checks: tuple[str, str, Outcome]) -> VerificationReport:
     return VerificationReport(
         checks=tuple(
             Check(
@@ -173,7 +173,7 @@ def report_of(*checks: tuple[str, str, str]) -> VerificationReport:
                 outcome=outcome,
                 seconds=0.5,
                 message=f"why {outcome}",
-            )  # type: ignore[arg-type]
+            )
             for host, sentence, outcome in checks
         ),
         seconds=1.0,
@@ -213,7 +213,7 @@ def test_the_table_names_what_did_not_pass() -> None:
 
 def test_a_large_fleet_is_counted() -> None:
     stream = io.StringIO()
-    report = report_of(*((f"gpu-{number:02}", "One holds", "passed") for number in range(40)))
+    report = report_of(*[(f"gpu-{number:02}", "One holds", "passed") for number in range(40)])
     bad = replace(report.checks[7], outcome="failed")
     verification.render(replace(report, checks=(*report.checks[:7], bad, *report.checks[8:])), stream)
     assert "  One holds  39/40 gpu-07" in stream.getvalue()

@@ -75,10 +75,10 @@ class Outcome:
 
 @dataclass
 class Timeline:
-    """How a row went: per bin of time, events received, requests completed and failed, requests open.
+    """How a row went: per bin of time, events received, requests completed, failed, and open at most.
 
     Bins double in width when there are more than `most` of them, so a row of a day takes no more than a row
-    of a minute.
+    of a minute. Moments are seconds after the row's start.
     """
 
     most: int = 1200
@@ -87,28 +87,41 @@ class Timeline:
     completed: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
     open: list[int] = field(default_factory=list)
+    in_flight: int = 0
+    """Requests open now."""
 
-    def at(self, seconds: float) -> int:
-        """The bin of a moment; makes the bins up to it."""
-        while (place := int(seconds / self.bin_s)) >= self.most:
+    def opened(self, moment: float) -> None:
+        """A request was sent."""
+        self.in_flight += 1
+        place = self._bin(moment)
+        self.open[place] = max(self.open[place], self.in_flight)
+
+    def received(self, moment: float, events: int) -> None:
+        """Events of a stream arrived."""
+        place = self._bin(moment)
+        self.events[place] += events
+
+    def ended(self, moment: float, *, failed: bool) -> None:
+        """A request ended."""
+        place = self._bin(moment)
+        (self.failed if failed else self.completed)[place] += 1
+        self.in_flight -= 1
+
+    def _bin(self, moment: float) -> int:
+        while (place := int(moment / self.bin_s)) >= self.most:
             self._halve()
         while place >= len(self.events):
-            still_open = self.open[-1] if self.open else 0
-            for series, value in (
-                (self.events, 0),
-                (self.completed, 0),
-                (self.failed, 0),
-                (self.open, still_open),
-            ):
-                series.append(value)
+            self.events.append(0)
+            self.completed.append(0)
+            self.failed.append(0)
+            self.open.append(self.in_flight)
         return place
 
     def _halve(self) -> None:
         self.bin_s *= 2
-        for name in ("events", "completed", "failed"):
-            series = getattr(self, name)
-            setattr(self, name, [sum(series[i : i + 2]) for i in range(0, len(series), 2)])
-        self.open = self.open[1::2] + (self.open[-1:] if len(self.open) % 2 else [])
+        for name, joined in (("events", sum), ("completed", sum), ("failed", sum), ("open", max)):
+            series: list[int] = getattr(self, name)
+            setattr(self, name, [joined(series[place : place + 2]) for place in range(0, len(series), 2)])
 
 
 @dataclass
@@ -122,7 +135,6 @@ class RowRun:
     itls: array[float] = field(default_factory=lambda: array("f"))
     """Inter-token latencies of successful requests [s]; one array, as there can be tens of millions."""
     timeline: Timeline = field(default_factory=Timeline)
-    in_flight: int = 0
     tokens_done: int = 0
     """Tokens asked for by the requests that succeeded."""
     gone: str = ""
@@ -327,8 +339,7 @@ class Client:
         timeline = run.timeline
         started = time.perf_counter()
         outcome.started = started - begun
-        run.in_flight += 1
-        timeline.open[timeline.at(outcome.started)] = run.in_flight
+        timeline.opened(outcome.started)
         try:
             async with self._http.post(f"{self._url}/v1/completions", json=body) as answer:
                 if answer.status == 200:
@@ -338,10 +349,7 @@ class Client:
         except _NETWORK_ERRORS as error:
             outcome.error = _reason(error)
         finally:
-            run.in_flight -= 1
-            now = timeline.at(time.perf_counter() - begun)
-            timeline.open[now] = run.in_flight
-            (timeline.failed if outcome.error else timeline.completed)[now] += 1
+            timeline.ended(time.perf_counter() - begun, failed=bool(outcome.error))
         return outcome
 
     async def _read(
@@ -396,7 +404,7 @@ class Client:
                     return
             outcome.latency = now - started
             if events:
-                timeline.events[timeline.at(now - begun)] += events
+                timeline.received(now - begun, events)
         if not done:
             outcome.error = "the stream ended without [DONE]"
 

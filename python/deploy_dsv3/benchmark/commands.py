@@ -18,6 +18,19 @@ from deploy_dsv3.options import collect, inventory_options, is_given
 if TYPE_CHECKING:
     from deploy_dsv3.benchmark.sweep import Request, Service
 
+_REQUESTED = (
+    "profile",
+    "rows",
+    "where",
+    "tokenizer",
+    "output",
+    "detach",
+    "change_release",
+    "any_batch_size",
+    "max_failed",
+    "fail_below",
+    "against",
+)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -35,7 +48,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="The model's folder or tokenizer.json, for exact prompt lengths; from the head's weights if not given.",
+    help="The model's folder or tokenizer.json, for exact prompt lengths; by default the head's.",
 )
 @click.option(
     "--profile", metavar="NAME", default="published", show_default=True, help="published, smoke or custom."
@@ -165,11 +178,11 @@ def _request(context: click.Context, given: Mapping[str, Any]) -> Request:
         dataset=given["dataset"],
         dataset_path=given["dataset_path"],
     )
-    names = ("profile", "rows", "where", "tokenizer", "output", "detach", "change_release", "any_batch_size")
-    names += ("max_failed", "fail_below", "against")
     from deploy_dsv3.benchmark.sweep import Request
 
-    return Request(wishes=wishes, json=is_given(context, "json"), **{name: given[name] for name in names})
+    return Request(
+        wishes=wishes, json=is_given(context, "json"), **{name: given[name] for name in _REQUESTED}
+    )
 
 
 def _service(context: click.Context, given: Mapping[str, Any]) -> Service:

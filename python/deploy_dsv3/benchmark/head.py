@@ -17,7 +17,7 @@ from typing import Any
 from deploy_dsv3 import runner, verbs
 from deploy_dsv3.benchmark.runs import RunFolder
 from deploy_dsv3.benchmark.target import Target
-from deploy_dsv3.errors import BY_EXIT_CODE, HostError
+from deploy_dsv3.errors import BY_EXIT_CODE, HostError, LockedError
 from deploy_dsv3.options import Options
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -67,7 +67,6 @@ class Head:
                 vault=self._options.vault_password,
                 vault_files=self._options.vault_files,
             ),
-            secrets=frozenset(secrets),
         )
         with runner.RunLog(f"benchmark-{name}", secrets) as log:
             outcome = runner.run(job, log=log, on_record=lambda record: None)
@@ -82,7 +81,7 @@ class Head:
         return outcome.report
 
     def fetch_tokenizer(self) -> Path | None:
-        """The tokenizer's files of the deployed weights, on this machine; None where the weights have none."""
+        """The deployed tokenizer's files, brought to this machine; None where the weights have none."""
         folder = runner.state_directory() / "tokenizers" / self._target.replica
         folder.mkdir(parents=True, exist_ok=True)
         files = [f"{self._target.weights_path}/{name}" for name in _TOKENIZER_FILES]
@@ -131,12 +130,22 @@ class HeadWorker:
                 },
                 secret=api_key,
             )
-        self._seen = {"running": True}
 
     def alive(self) -> bool:
-        """Whether the container runs."""
+        """Whether the container runs.
+
+        Raises:
+            LockedError: it runs for another folder.
+        """
         self._look()
-        return bool(self._seen.get("running"))
+        if not self._seen.get("running"):
+            return False
+        if self._seen.get("folder") != self._variables["benchmark_folder"]:
+            raise LockedError(
+                f"{self._target.head}: another benchmark runs there, into {self._seen.get('folder')}",
+                remedy=f"Wait for it, or stop it: docker stop {_CONTAINER} on that host.",
+            )
+        return True
 
     def progress(self) -> Mapping[str, Any]:
         """Its `progress.json`, as last looked at."""
@@ -165,7 +174,7 @@ class HeadWorker:
 
 
 def build_bundle(scratch: Path) -> Path:
-    """The worker as one file that Python runs; needs numpy and aiohttp (and tokenizers, for exact lengths)."""
+    """The worker as one file that Python runs; it needs numpy, aiohttp, and tokenizers for exact lengths."""
     source = scratch / "source"
     inside = source / "deploy_dsv3" / "benchmark"
     inside.mkdir(parents=True)

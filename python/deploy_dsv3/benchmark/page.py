@@ -101,14 +101,12 @@ def render(folder: RunFolder) -> tuple[str, str]:
 
 
 def number(value: float | None) -> str:
-    """A figure for people: `3,489.5`, `0.071`, or a dash."""
+    """A figure for people: `3,489.5`, `1.62`, `0.0711`, or a dash."""
     if value is None:
         return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+    if abs(value) >= 100:
+        return f"{value:,.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
 
 
 def percent(value: float | None) -> str:
@@ -191,7 +189,10 @@ def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> l
         ("Layout", str(environment.get("layout", ""))),
         ("GPUs", _gpus(gpus)),
         ("Driver", str(environment.get("driver", ""))),
-        ("NCCL transport", f"{environment['nccl_transport']}, as configured" if environment else ""),
+        (
+            "NCCL transport",
+            f"{environment['nccl_transport']}, as configured" if environment.get("nccl_transport") else "",
+        ),
         ("Image", " ".join(filter(None, (str(image.get("name", "")), str(image.get("digest", "")))))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Serving command", " ".join(environment.get("serve_argv", ()))),

@@ -13,10 +13,12 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from deploy_dsv3.benchmark.runs import RunFolder
-from deploy_dsv3.errors import BY_EXIT_CODE, DeployError, HostError, Interrupted, UsageError
+from deploy_dsv3.errors import BY_EXIT_CODE, DeployError, HostError, Interrupted, UnreachableError, UsageError
 
 _LOOK_EVERY_S = 0.5
 _STOP_WITHIN_S = 20.0
+# A connection that is lost for so long will not come back by itself.
+_GIVE_UP_AFTER_S = 900.0
 
 
 class Worker(Protocol):
@@ -120,16 +122,29 @@ def follow(worker: Worker, show: Callable[[Mapping[str, Any]], None]) -> Mapping
         DeployError: why it stopped.
     """
     with _asked_to_stop() as asked:
-        while worker.alive():
-            if asked:
-                worker.stop()
-                worker.collect()
-                raise Interrupted(
-                    asked[0],
-                    message="the benchmark was stopped; the row that ran begins anew next time",
-                    remedy="Run the same command again: rows that are measured are kept.",
-                )
-            show(worker.progress())
+        lost_since: float | None = None
+        while True:
+            try:
+                if not worker.alive():
+                    break
+                if asked:
+                    worker.stop()
+                    worker.collect()
+                    raise _stopped(asked[0])
+                lost_since = None
+                show(worker.progress())
+            except Interrupted as told:
+                # Looking at a worker elsewhere takes signals for itself, and tells of them so.
+                if asked:
+                    raise
+                asked.append(told.signal_number)
+                continue
+            except UnreachableError as lost:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > _GIVE_UP_AFTER_S:
+                    lost.remedy = f"{lost.remedy} The load goes on there: the same command follows it again."
+                    raise
+                show({"state": f"not reached, trying again: {lost.message}"})
             time.sleep(worker.look_every_s)
     worker.collect()
     last = worker.progress()
@@ -140,6 +155,14 @@ def follow(worker: Worker, show: Callable[[Mapping[str, Any]], None]) -> Mapping
         raise_told(error)
     raise HostError(
         f"the benchmark's worker ended without a word: {worker.last_words() or 'killed, or out of memory'}",
+        remedy="Run the same command again: rows that are measured are kept.",
+    )
+
+
+def _stopped(signal_number: int) -> Interrupted:
+    return Interrupted(
+        signal_number,
+        message="the benchmark was stopped; the row that ran begins anew next time",
         remedy="Run the same command again: rows that are measured are kept.",
     )
 

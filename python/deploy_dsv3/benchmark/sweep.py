@@ -110,9 +110,10 @@ def run(request: Request, service: Service) -> Result:
     sweep = _prepare(request, service)
     tell = sys.stderr if request.json else sys.stdout
     reference = _reference(sweep)
-    if sweep.folder.is_locked():
+    worker = _worker(sweep)
+    if worker.alive():
         print(f"A benchmark measures into {sweep.folder.path} already: following it.", file=tell)
-        follow_error = _follow(sweep, _worker(sweep), tell)
+        follow_error = _follow(worker, tell)
     elif sweep.missing:
         _check_batch_size(sweep)
         print(f"Results: {sweep.folder.path}", file=tell)
@@ -173,7 +174,7 @@ def _check_batch_size(sweep: _Sweep) -> None:
         if row in sweep.missing and row.max_batch_size in (0, target.max_batch_size)
     ]
     choices = [
-        "--change-release redeploys with the batch size a row needs, and back in the end (clients are cut off)",
+        "--change-release redeploys with what a row needs, and back in the end (clients are cut off)",
         *([f"--rows {','.join(right)} measures those that fit"] if right else []),
         "--any-batch-size measures with what runs, and marks it",
     ]
@@ -185,7 +186,6 @@ def _check_batch_size(sweep: _Sweep) -> None:
 
 def _measure(sweep: _Sweep, tell: TextIO) -> DeployError | None:
     """Measure the missing rows; returns why not all of them were."""
-    target = sweep.service.target
     try:
         if not sweep.request.change_release:
             return _measure_rows(sweep, sweep.missing, tell)
@@ -198,8 +198,6 @@ def _measure(sweep: _Sweep, tell: TextIO) -> DeployError | None:
                     return error
     except DeployError as error:
         return error
-    finally:
-        sweep.service = replace(sweep.service, target=target)
     return None
 
 
@@ -218,10 +216,10 @@ def _measure_rows(sweep: _Sweep, rows: Sequence[Row], tell: TextIO) -> DeployErr
     worker = _worker(sweep)
     sweep.folder.write_state("job.json", asdict(_job(sweep, rows)))
     worker.start(sweep.service.target.api_key)
-    return _follow(sweep, worker, tell)
+    return _follow(worker, tell)
 
 
-def _follow(sweep: _Sweep, worker: Worker, tell: TextIO) -> DeployError | None:
+def _follow(worker: Worker, tell: TextIO) -> DeployError | None:
     try:
         with display.shown_on(tell) as show:
             last = follow(worker, show)
@@ -230,7 +228,7 @@ def _follow(sweep: _Sweep, worker: Worker, tell: TextIO) -> DeployError | None:
     if rejected := last.get("rejected"):
         return VerificationError(
             "; ".join(f"{one['row']}: {one['why']}" for one in rejected),
-            remedy="These rows do not count; their records are in attempts/. Running again measures them anew.",
+            remedy="These rows do not count; their records are in attempts/. Run again to measure them anew.",
         )
     return None
 

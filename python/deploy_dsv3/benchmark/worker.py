@@ -44,6 +44,7 @@ class Job:
     """Names of the rows to measure now, in this order."""
     base_url: str
     ca_file: str = ""
+    """Absolute, or in the run's folder."""
     model: str = ""
     tokenizer: str = ""
     """Folder or file of the model's tokenizer; empty: synthetic text of counted words."""
@@ -70,7 +71,10 @@ class Sweep:
         self._plan = plan
         self._job = job
         self._endpoint = Endpoint(
-            base_url=job.base_url, api_key=api_key, ca_file=job.ca_file, model=job.model
+            base_url=job.base_url,
+            api_key=api_key,
+            ca_file=str(folder.path / job.ca_file) if job.ca_file else "",
+            model=job.model,
         )
         self._progress: dict[str, Any] = {"pid": os.getpid(), "rows": list(job.rows), "started": now()}
 
@@ -191,7 +195,7 @@ class Sweep:
                 finished=len(run.outcomes),
                 failed=sum(run.failures.values()),
                 requests=row.num_prompts,
-                in_flight=run.in_flight,
+                in_flight=run.timeline.in_flight,
                 tokens=events,
                 tokens_total=total,
                 elapsed_s=round(elapsed, 1),

@@ -6,7 +6,9 @@ plugin, called before each task, stops the run as Ctrl-C would, at a moment when
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from typing import Any
 
 from ansible.plugins.callback import CallbackBase
@@ -21,6 +23,8 @@ requirements:
   - enabled by deploy-dsv3 itself
 """
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 class CallbackModule(CallbackBase):  # type: ignore[misc]
     """Looks for the file before each task and handler."""
@@ -29,6 +33,11 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
     CALLBACK_TYPE = "aggregate"
     CALLBACK_NAME = "dsv3_stop"
     CALLBACK_NEEDS_ENABLED = True
+
+    def __init__(self) -> None:
+        """Tie Ansible's life to deploy-dsv3's: killed, it leaves nothing that goes on changing hosts."""
+        super().__init__()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool) -> None:
         """Called before a task is handed to the hosts."""

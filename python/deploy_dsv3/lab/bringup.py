@@ -96,7 +96,7 @@ def up(wish: Wish, paths: LabPaths, steps: Steps) -> Lab:
 
 
 def down(paths: LabPaths, name: str | None, steps: Steps, *, purge: bool = False) -> list[str]:
-    """Remove a lab, or all of them, with all that belongs to it; then stop the engine, if it is the lab's own.
+    """Remove a lab, or all of them, with all that belongs to it; then stop the engine, if the lab started it.
 
     Args:
         purge: drop the caches as well.
@@ -117,12 +117,10 @@ def down(paths: LabPaths, name: str | None, steps: Steps, *, purge: bool = False
                     _drop_images(engine.docker)
                 with steps.step(f"leave {engine.describe()}"):
                     engine.stop()
-                    outer_engine.forget(paths)
+                    shutil.rmtree(paths.state)
         if purge and not fleet.names(paths):
             with steps.step("drop the caches"):
-                shell.run(
-                    shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(paths.cache)])
-                )
+                shell.run(shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(paths.cache)]))
     return gone
 
 
@@ -136,13 +134,9 @@ def _check(wish: Wish) -> None:
             remedy="Use up to 21 small letters, digits and hyphens.",
         )
     if wish.hosts is not None and not 1 <= wish.hosts <= network.MAX_HOSTS:
-        raise LabUsageError(
-            f"{wish.hosts} hosts: a lab has 1 to {network.MAX_HOSTS}", remedy="Choose another number."
-        )
+        raise LabUsageError(f"{wish.hosts} hosts: a lab has 1 to {network.MAX_HOSTS}", remedy="Choose another number.")
     if wish.suite is not None and wish.suite not in SUITES:
-        raise LabUsageError(
-            f"no lab hosts of Debian {wish.suite}", remedy=f"Choose one of {', '.join(SUITES)}."
-        )
+        raise LabUsageError(f"no lab hosts of Debian {wish.suite}", remedy=f"Choose one of {', '.join(SUITES)}.")
     for profile in wish.profiles:
         load(profile)
 
@@ -182,9 +176,7 @@ def _networks_in_use(docker: DockerCli) -> list[str]:
     seen = [words[0] for line in routes if (words := line.split()) and "/" in words[0]]
     for name in docker.run("network", "ls", "--format", "{{.Name}}").stdout.split():
         found = docker.inspect("network", name) or {}
-        seen += [
-            config["Subnet"] for config in (found.get("IPAM", {}).get("Config") or []) if config.get("Subnet")
-        ]
+        seen += [config["Subnet"] for config in (found.get("IPAM", {}).get("Config") or []) if config.get("Subnet")]
     return [cidr for cidr in seen if ipaddress.ip_network(cidr, strict=False).version == 4]
 
 
@@ -235,9 +227,7 @@ def _all_done(futures: Sequence[Future[Any]]) -> None:
     if failures:
         raise LabError(
             "\n".join(error.message for error in failures if isinstance(error, LabError)),
-            remedy="\n".join(
-                dict.fromkeys(error.remedy for error in failures if isinstance(error, LabError))
-            ),
+            remedy="\n".join(dict.fromkeys(error.remedy for error in failures if isinstance(error, LabError))),
         )
 
 
@@ -309,9 +299,7 @@ def _remove(name: str, paths: LabPaths, docker: DockerCli) -> None:
 
 
 def _drop_images(docker: DockerCli) -> None:
-    tags = docker.run(
-        "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter=reference=dsv3-lab/*"
-    ).stdout.split()
+    tags = docker.run("images", "--format", "{{.Repository}}:{{.Tag}}", "--filter=reference=dsv3-lab/*").stdout.split()
     if tags:
         docker.run("rmi", "--force", *tags)
     docker.run("volume", "rm", "--force", "dsv3-lab-registry")
@@ -324,7 +312,5 @@ def _locked(paths: LabPaths) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise LabError(
-                "another `lab` command is at work here", remedy="Wait for it, then run again."
-            ) from error
+            raise LabError("another `lab` command is at work here", remedy="Wait for it, then run again.") from error
         yield

@@ -30,9 +30,7 @@ _name = click.option("--name", default=fleet.DEFAULT_NAME, show_default=True, he
 @click.option(
     "--hosts", "count", type=click.IntRange(min=1), help=f"Number of hosts; {bringup.DEFAULT_HOSTS} at first."
 )
-@click.option(
-    "--gpus", type=click.IntRange(0, hardware.MAX_GPUS), help="GPUs of each host, instead of the profile's."
-)
+@click.option("--gpus", type=click.IntRange(0, hardware.MAX_GPUS), help="GPUs of each host, instead of the profile's.")
 @click.option(
     "--profile",
     "profiles",
@@ -48,9 +46,7 @@ _name = click.option("--name", default=fleet.DEFAULT_NAME, show_default=True, he
     help="Where to write the inventory; inventory/NAME in a checkout.",
 )
 @click.option("--suite", type=click.Choice(list(bringup.SUITES)), help="Release of Debian on the hosts.")
-@click.option(
-    "--mirror", default="", metavar="URL", help="Debian mirror, instead of the one this machine's apt uses."
-)
+@click.option("--mirror", default="", metavar="URL", help="Debian mirror, instead of the one this machine's apt uses.")
 @click.option(
     "--engine",
     type=click.Choice(get_args(outer_engine.Choice)),
@@ -101,9 +97,7 @@ def status(name: str, as_json: bool) -> None:
 
 @lab.command()
 @click.option("--name", help="Only this lab; all of them otherwise.")
-@click.option(
-    "--purge", is_flag=True, help="Drop the caches too (images, packages): the next `lab up` is slow."
-)
+@click.option("--purge", is_flag=True, help="Drop the caches too (images, packages): the next `lab up` is slow.")
 def down(name: str | None, purge: bool) -> None:
     """Remove labs and everything they started; keeps the caches."""
     with Steps(_console) as steps:

@@ -31,9 +31,7 @@ class DockerCli:
         """
         # The classic builder and CLI speak to every daemon since 20.10 without plugins.
         environment = {"DOCKER_HOST": self.host, "DOCKER_CLI_HINTS": "false"}
-        return shell.run(
-            ["docker", *arguments], stdin=stdin, environment=environment, check=check, timeout_s=timeout_s
-        )
+        return shell.run(["docker", *arguments], stdin=stdin, environment=environment, check=check, timeout_s=timeout_s)
 
     def info(self) -> dict[str, Any] | None:
         """``docker info``, or None if no daemon answers."""
@@ -78,9 +76,7 @@ class DockerCli:
         """
         self.run("cp", "-", f"{container}:/", stdin=archive(files))
 
-    def extend(
-        self, base: str, tag: str, script: str, files: Mapping[str, File], changes: Sequence[str] = ()
-    ) -> None:
+    def extend(self, base: str, tag: str, script: str, files: Mapping[str, File], changes: Sequence[str] = ()) -> None:
         """Make image `tag` from `base`: lay down files, run a script as root, keep the result."""
         name = f"dsv3-build-{tag.replace('/', '-').replace(':', '-')}"
         self.run("rm", "--force", name, check=False)

@@ -132,8 +132,7 @@ def load(name: str) -> Profile:
         return Profile.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'profile'}: {problem['msg']}"
-            for problem in error.errors()
+            f"{'.'.join(map(str, problem['loc'])) or 'profile'}: {problem['msg']}" for problem in error.errors()
         )
         raise LabUsageError(f"hardware profile {name}: {problems}", remedy="Correct the profile.") from error
 
@@ -152,9 +151,7 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise LabUsageError(f"hardware profile {path}: {error}", remedy="Correct the YAML.") from error
     if not isinstance(fields, dict):
-        raise LabUsageError(
-            f"hardware profile {path} is not a mapping", remedy="See the profiles of the lab."
-        )
+        raise LabUsageError(f"hardware profile {path} is not a mapping", remedy="See the profiles of the lab.")
     parent = fields.get("extends")
     return _merge(_read(str(parent), (*seen, name)), fields) if parent else fields
 

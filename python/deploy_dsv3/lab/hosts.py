@@ -110,9 +110,7 @@ class Host:
 
     def _birth(self, image: str) -> str:
         profile = self.record.hardware_profile()
-        return fingerprint(
-            image, profile.sudo, str(profile.nouveau), *map(str, sorted(profile.born_with.items()))
-        )
+        return fingerprint(image, profile.sudo, str(profile.nouveau), *map(str, sorted(profile.born_with.items())))
 
     def create(self, image: str, authorized_key: str) -> None:
         """Make it: a bare server with an administrator's key and a model directory, switched off."""
@@ -123,9 +121,7 @@ class Host:
         self.docker.run(*self.create_arguments(image))
         self.docker.copy_in(self.container, self._birth_files(authorized_key))
 
-    def create_arguments(
-        self, image: str, *, status: str | None = None, mounts: str | None = None
-    ) -> list[str]:
+    def create_arguments(self, image: str, *, status: str | None = None, mounts: str | None = None) -> list[str]:
         """Arguments of ``docker create`` for a container that boots systemd and runs a Docker of its own.
 
         ``--privileged`` would ask for capabilities that a machine may not have, so they are named one by one.
@@ -170,13 +166,9 @@ class Host:
             f"/etc/sudoers.d/{ADMIN_USER}": File(
                 content=f"{ADMIN_USER} ALL=(ALL:ALL) {password}ALL\n".encode(), mode=0o440
             ),
-            f"/home/{ADMIN_USER}/.ssh/authorized_keys": File(
-                content=authorized_key.encode(), mode=0o600, **home
-            ),
+            f"/home/{ADMIN_USER}/.ssh/authorized_keys": File(content=authorized_key.encode(), mode=0o600, **home),
         }
-        return files | {
-            f"{MODEL_PATH}/{name}": File(content=content) for name, content in model.files().items()
-        }
+        return files | {f"{MODEL_PATH}/{name}": File(content=content) for name, content in model.files().items()}
 
     def start(self) -> None:
         """Switch it on, or leave it on; returns when SSH answers."""

@@ -119,9 +119,7 @@ def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirro
         docker.extend(f"{tag}-bare", tag, ":", files, ['CMD ["/bin/bash"]'])
         docker.run("rmi", f"{tag}-bare")
     finally:
-        shell.run(
-            shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False
-        )
+        shell.run(shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -155,9 +153,7 @@ def services(docker: DockerCli, base: str) -> str:
 
 def tidy(docker: DockerCli) -> None:
     """Remove images of earlier fingerprints, except those that containers were made from."""
-    listing = docker.run(
-        "images", "--format", "{{.Repository}} {{.Tag}}", "--filter=reference=dsv3-lab/*"
-    ).stdout
+    listing = docker.run("images", "--format", "{{.Repository}} {{.Tag}}", "--filter=reference=dsv3-lab/*").stdout
     seen: set[str] = set()
     for line in listing.splitlines():  # the newest first
         repository, tag = line.split()

@@ -81,9 +81,7 @@ def render(site: Site) -> dict[str, str]:
     lines = [f"{host.name} ansible_host={host.address}" for host in site.hosts]
     become = ""
     if site.password_file:
-        become = (
-            f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
-        )
+        become = f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
     return {
         "hosts.ini": _HOSTS.format(head=lines[0], workers="\n".join(lines[1:])).rstrip() + "\n",
         "group_vars/all.yml": _ALL.format(

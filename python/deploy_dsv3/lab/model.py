@@ -76,8 +76,6 @@ def files() -> dict[str, bytes]:
 
 def safetensors(name: str, data: bytes) -> bytes:
     """A safetensors file with one tensor of bytes: header length, header, data (as the format says)."""
-    header = json.dumps(
-        {name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}
-    ).encode()
+    header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + data

@@ -29,9 +29,7 @@ def choose_subnet(lab: str, taken: Iterable[str]) -> str:
         candidate = candidates[(first + step) % len(candidates)]
         if not any(candidate.overlaps(other) for other in used):
             return str(candidate)
-    raise LabError(
-        f"no network of {_RANGE} is free for the lab", remedy="Stop another lab: deploy-dsv3 lab status."
-    )
+    raise LabError(f"no network of {_RANGE} is free for the lab", remedy="Stop another lab: deploy-dsv3 lab status.")
 
 
 def packages_address(subnet: str) -> str:

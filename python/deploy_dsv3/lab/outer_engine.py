@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from . import machine, prerequisites, shell
 from .docker_cli import DockerCli
 from .errors import LabError
-from .paths import LabPaths
+from .paths import CACHE_VARIABLE, LabPaths
 
 Choice = Literal["auto", "running", "private"]
 
@@ -135,11 +135,20 @@ class PrivateEngine:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])
                 raise LabError(
                     f"the private Docker engine did not start:\n{tail}",
-                    remedy=f"Its log is {self.log}. The lab needs root or sudo, overlayfs and iptables.",
+                    remedy=f"Its log is {self.log}. It needs iptables, and its data ({self.paths.cache}) on a file "
+                    f"system that carries overlayfs, such as ext4 or xfs: {CACHE_VARIABLE} names another folder.",
                 )
             time.sleep(0.2)
 
     def stop(self) -> None:
+        self._end_process()
+        self._restore_forwarding()
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if (place := line.split()[1]).startswith(f"{self.paths.runtime}/"):
+                shell.run(shell.as_root(["umount", "--lazy", place]))
+        shell.run(shell.as_root(["rm", "--recursive", "--force", str(self.paths.runtime)]))
+
+    def _end_process(self) -> None:
         pid = self.pid()
         if pid is None:
             return
@@ -152,8 +161,6 @@ class PrivateEngine:
                     remedy=f"Look at {self.log}; then end the process yourself and run `lab down` again.",
                 )
             time.sleep(0.1)
-        self._restore_forwarding()
-        shell.run(shell.as_root(["rm", "--recursive", "--force", str(self.paths.runtime)]))
 
     # dockerd switches the machine's forwarding on, and does not switch it off again.
 
@@ -170,9 +177,7 @@ class PrivateEngine:
         found = json.loads(record.read_text()) if record.exists() else {}
         if found.get("enabled") == "0":  # nobody else forwarded before, so nobody relies on it now
             shell.run(shell.as_root(["sysctl", "-q", "-w", "net.ipv4.ip_forward=0"]))
-            shell.run(
-                shell.as_root([shell.which("iptables") or "iptables", "-P", "FORWARD", found["policy"]])
-            )
+            shell.run(shell.as_root([shell.which("iptables") or "iptables", "-P", "FORWARD", found["policy"]]))
         record.unlink(missing_ok=True)
 
 
@@ -191,9 +196,7 @@ def choose(paths: LabPaths, choice: Choice = "auto") -> OuterEngine:
     if not refusal:
         return RunningEngine(host=host)
     if choice == "running":
-        raise LabError(
-            f"the Docker engine at {host} cannot carry the lab: {refusal}", remedy="Use --engine private."
-        )
+        raise LabError(f"the Docker engine at {host} cannot carry the lab: {refusal}", remedy="Use --engine private.")
     return PrivateEngine(paths=paths)
 
 
@@ -219,7 +222,7 @@ def refuse(host: str, info: dict[str, Any] | None) -> str:
 
 def remember(paths: LabPaths, engine: OuterEngine) -> None:
     """Record which engine carries the labs."""
-    paths.state.mkdir(parents=True, exist_ok=True)
+    paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     record = asdict(engine) if isinstance(engine, RunningEngine) else {"private": True}
     (paths.state / "engine.json").write_text(json.dumps(record) + "\n")
 
@@ -231,8 +234,3 @@ def recall(paths: LabPaths) -> OuterEngine | None:
         return None
     fields = json.loads(record.read_text())
     return PrivateEngine(paths=paths) if fields.get("private") else RunningEngine(host=fields["host"])
-
-
-def forget(paths: LabPaths) -> None:
-    """Drop the record: no lab is left."""
-    (paths.state / "engine.json").unlink(missing_ok=True)

@@ -92,7 +92,7 @@ class Package:
         found = dict(self.files)
         if self.payload:
             root = _PAYLOADS / self.payload
-            sources = [path for path in sorted(root.rglob("*")) if path.is_file()]
+            sources = [p for p in sorted(root.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
             found |= {f"/{path.relative_to(root)}": path.read_text() for path in sources}
         return {path: self._substituted(text) for path, text in found.items()}
 
@@ -146,9 +146,7 @@ def _kernel_packages(kernel: str) -> list[Package]:
 
 def _driver_packages(driver: str, cuda: str) -> list[Package]:
     version = f"{driver}-1"
-    package = partial(
-        Package, version=version, repository="driver", variables={"DRIVER": driver, "CUDA": cuda}
-    )
+    package = partial(Package, version=version, repository="driver", variables={"DRIVER": driver, "CUDA": cuda})
 
     def same(*names: str) -> tuple[str, ...]:
         return tuple(f"{name} (= {version})" for name in names)
@@ -316,9 +314,7 @@ def closure(packages: Iterable[Package], wanted: Mapping[str, str]) -> list[Pack
             )
         for group in package.depends:
             alternatives = group.split(" | ")
-            chosen = next(
-                (part for part in alternatives if part.partition(" ")[0] in wanted), alternatives[0]
-            )
+            chosen = next((part for part in alternatives if part.partition(" ")[0] in wanted), alternatives[0])
             dependency, _, bound = chosen.partition(" ")
             visit(dependency, bound.strip("(=) ") if bound.startswith("(=") else "")
         if recommended := package.relations.get("Recommends"):

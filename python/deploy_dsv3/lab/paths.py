@@ -10,6 +10,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 FILES = _PACKAGE / "files"
 PROFILES = _PACKAGE / "profiles"
+CACHE_VARIABLE = "DEPLOY_DSV3_LAB_CACHE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +43,19 @@ class LabPaths:
 
 
 def default_paths() -> LabPaths:
-    """``.lab`` and ``.cache/lab`` of a checkout, else the user's XDG folders."""
+    """``.lab`` and ``.cache/lab`` of a checkout, else the user's XDG folders.
+
+    ``DEPLOY_DSV3_LAB_CACHE`` names another folder for the caches, for a checkout on a file system that cannot carry
+    Docker's data (overlayfs, NFS).
+    """
     checkout = _PACKAGE.parents[2]
     if (checkout / "pyproject.toml").is_file() and (checkout / "playbooks").is_dir():
-        return LabPaths(
-            state=checkout / ".lab",
-            cache=checkout / ".cache" / "lab",
-            inventory=str(checkout / "inventory" / "{name}"),
-        )
-    home = Path.home()
-    state = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "deploy-dsv3" / "lab"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "deploy-dsv3" / "lab"
-    return LabPaths(state=state, cache=cache, inventory=str(state / "labs" / "{name}" / "inventory"))
+        state, cache = checkout / ".lab", checkout / ".cache" / "lab"
+        inventory = str(checkout / "inventory" / "{name}")
+    else:
+        home = Path.home()
+        state = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "deploy-dsv3" / "lab"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "deploy-dsv3" / "lab"
+        inventory = str(state / "labs" / "{name}" / "inventory")
+    named = os.environ.get(CACHE_VARIABLE)
+    return LabPaths(state=state, cache=Path(named).absolute() if named else cache, inventory=inventory)

@@ -31,9 +31,7 @@ def have(*commands: str) -> None:
     if not missing:
         return
     if shell.which("apt-get") is None:
-        raise LabError(
-            f"{', '.join(missing)} is not installed", remedy="Install it with this machine's packages."
-        )
+        raise LabError(f"{', '.join(missing)} is not installed", remedy="Install it with this machine's packages.")
     environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
     apt = [*environment, "apt-get", "--quiet", "--yes", "--no-install-recommends"]
     with _no_service_starts():
@@ -47,9 +45,7 @@ def _no_service_starts() -> Iterator[None]:
     if _POLICY.exists():
         yield
         return
-    shell.run(
-        shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n"
-    )
+    shell.run(shell.as_root(["install", "--mode=0755", "/dev/stdin", str(_POLICY)]), stdin=b"#!/bin/sh\nexit 101\n")
     try:
         yield
     finally:

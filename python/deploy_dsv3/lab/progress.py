@@ -52,7 +52,7 @@ class Steps:
         with self._lock:
             self._running[title] = since
         if self._live is None:
-            self._console.print(f"      … {title}", highlight=False)
+            self._console.print(f"      … {title}", highlight=False, soft_wrap=True)
         try:
             yield
         except BaseException:
@@ -62,9 +62,9 @@ class Steps:
 
     def note(self, text: str) -> None:
         """A line between steps."""
-        self._console.print(f"        {text}", highlight=False)
+        self._console.print(f"        {text}", highlight=False, soft_wrap=True)
 
     def _tell(self, mark: str, title: str, since: float) -> None:
         with self._lock:
             self._running.pop(title, None)
-        self._console.print(f"{time.monotonic() - since:5.1f} s {mark} {title}", highlight=False)
+        self._console.print(f"{time.monotonic() - since:5.1f} s {mark} {title}", highlight=False, soft_wrap=True)

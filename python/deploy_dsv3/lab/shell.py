@@ -48,9 +48,7 @@ def run(
             check=False,
         )
     except FileNotFoundError as error:
-        raise LabError(
-            f"the command {argv[0]} is not installed", remedy=f"Install {argv[0]} and run again."
-        ) from error
+        raise LabError(f"the command {argv[0]} is not installed", remedy=f"Install {argv[0]} and run again.") from error
     except subprocess.TimeoutExpired as error:
         raise LabError(
             f"`{name}` did not end within {timeout_s:.0f} s", remedy="Look at the load of this machine."

@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """Supervise Ray and LMDeploy's api_server inside the engine container.
 
-The container's only supervised process (`launcher.py run`, below docker-init). On every node it keeps `ray start
---block` up; on the head it also waits until the whole replica is there, starts api_server, proves it with a
-one-token completion and keeps proving it. What it reports in status.json was observed, never assumed.
+The container's only supervised process (`launcher.py run`, below docker-init). On every node it keeps `ray
+start --block` up; on the head it also waits until the whole replica is there, starts api_server, proves it
+with a one-token completion and keeps proving it. What it reports in status.json was observed, never
+assumed.
 
 Recovery is always the same, because a tensor-parallel group cannot be repaired in part (NCCL communicators
 do not heal, and LMDeploy's own collective timeout is effectively infinite):
 
-- a rank, GPU or worker is lost, or api_server is dead or unhealthy: stop api_server, wait until every expected GPU
-  is alive again exactly once, start api_server anew;
-- the head is lost or replaced: a worker ends its Ray and exits with 1. Docker starts the container again, and the
-  launcher then waits for the head and joins. The head's own Ray ending is handled in the same way.
+- a rank, GPU or worker is lost, or api_server is dead or unhealthy: stop api_server, wait until every
+  expected GPU is alive again exactly once, start api_server anew;
+- the head is lost or replaced: a worker ends its Ray and exits with 1. Docker starts the container again,
+  and the launcher then waits for the head and joins. The head's own Ray ending is handled in the same way.
 
-Standard library only and Python >= 3.10: the file is mounted into the image as it is. Ray is imported in child
-processes alone (`watch`), so that a crash in Ray's bindings never takes the supervisor with it.
+Standard library only and Python >= 3.10, which LMDeploy's images up to 0.12 have: the file is mounted as it
+is. Ray is imported in child processes alone (`watch`), so that a crash in Ray's bindings never takes the
+supervisor with it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
@@ -75,11 +76,18 @@ PHASES = (
     "stopping",
 )
 
-# Ray 2.60 drains for 30 s on SIGTERM, and a raylet looks for a lost GCS for 60 s: both longer than a restart takes.
+# Defaults for every process of ours; the container's environment wins.
 RAY_ENVIRONMENT = {
+    # Ray 2.60 drains for 30 s on SIGTERM, and a raylet looks for a lost GCS for 60 s: longer than a restart
+    # takes.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's own logs lie in the container's writable layer: 5 x 512 MB a process is too much there.
+    "RAY_ROTATION_MAX_BYTES": "67108864",
+    "RAY_ROTATION_BACKUP_COUNT": "2",
+    # Ray's monitor serves its metrics on every interface, without the token; it goes on when it cannot.
+    "AUTOSCALER_METRIC_PORT": "-1",
 }
 # LMDeploy's Ray actor, one per rank.
 RANK_CLASS = "RayWorkerWrapper"
@@ -89,7 +97,7 @@ class ConfigError(Exception):
     """A file the launcher was given is missing or wrong; the message names file and key."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -98,7 +106,9 @@ class Section:
 
     def __init__(self, source: str, data: object, prefix: str = "") -> None:
         if not isinstance(data, dict):
-            raise ConfigError(f"{source}: {prefix.rstrip('.') or 'the document'}: expected an object, found {_kind(data)}")
+            raise ConfigError(
+                f"{source}: {prefix.rstrip('.') or 'the document'}: expected an object, found {_kind(data)}"
+            )
         self._source, self._data, self._prefix = source, data, prefix
 
     def section(self, key: str) -> Section:
@@ -138,12 +148,20 @@ class Section:
 
     def _wrong(self, key: str, expected: str, found: object) -> ConfigError:
         return ConfigError(
-            f"{self._source}: {self._prefix}{key}: expected {expected}, found {_kind(found)} {json.dumps(found)}"
+            f"{self._source}: {self._prefix}{key}: expected {expected}, "
+            f"found {_kind(found)} {json.dumps(found)}"
         )
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "number", float: "number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a boolean",
+        int: "number",
+        float: "number",
+    }
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
@@ -191,8 +209,8 @@ class Node:
 class Serve:
     """serve.json: what the head runs.
 
-    `fingerprint` changes with the file and with the key file; `digest` is the file's own SHA-256, which status.json
-    repeats, so that whoever wrote the file can see that it is the one being served.
+    `fingerprint` changes with the file and with the key file; `digest` is the file's own SHA-256, which
+    status.json repeats, so that whoever wrote the file can see that it is the one being served.
     """
 
     argv: tuple[str, ...]
@@ -210,7 +228,9 @@ def load_node(path: Path) -> Node:
     ray, expected, times = top.section("ray"), top.section("expected"), top.section("timeouts")
     ports = RayPorts(**{name: ray.integer(name, 1, 65535) for name in RayPorts.__dataclass_fields__})
     if ports.min_worker_port > ports.max_worker_port:
-        raise ConfigError(f"{path}: ray.min_worker_port: {ports.min_worker_port} is above ray.max_worker_port")
+        raise ConfigError(
+            f"{path}: ray.min_worker_port: {ports.min_worker_port} is above ray.max_worker_port"
+        )
     return Node(
         replica=top.text("replica"),
         role=top.text("role", ("head", "worker")),
@@ -236,8 +256,11 @@ def load_serve(path: Path) -> Serve:
     server = top.section("server")
     keys_file = top.text("api_keys_file", empty=True)
     argv = top.texts("argv")
-    if any(item == "--api-keys" or item.startswith("--api-keys=") for item in argv):
-        raise ConfigError(f"{path}: argv: --api-keys would show in the process list; name a file in api_keys_file")
+    # LMDeploy's parser takes underscores and unambiguous abbreviations as well.
+    if any(item.replace("_", "-").startswith("--api") for item in argv):
+        raise ConfigError(
+            f"{path}: argv: --api-keys would show in the process list; name a file in api_keys_file"
+        )
     secret = "\n".join(read_keys(Path(keys_file))) if keys_file else ""
     return Serve(
         argv=argv,
@@ -260,7 +283,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
             raise ConfigError(f"{path}: line {number}: a key must not start with '-' nor hold white space")
         keys.append(key)
     if not keys:
-        raise ConfigError(f"{path}: no key in it: write one a line, or leave api_keys_file empty in serve.json")
+        raise ConfigError(
+            f"{path}: no key in it: write one a line, or leave api_keys_file empty in serve.json"
+        )
     return tuple(keys)
 
 
@@ -281,7 +306,7 @@ def _document(path: Path, raw: str) -> Section:
     return top
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Command lines
 
 
@@ -296,8 +321,9 @@ class RayExtras:
 def ray_start_argv(node: Node, ray: str, extras: RayExtras) -> list[str]:
     """Return `ray start` for this node, with every port and address pinned.
 
-    The node's address is pinned because LMDeploy's placement group asks for the resource `node:<address>`, which is
-    another one on a host with several NICs. The dashboard, where the image's Ray has one, stays on loopback.
+    The node's address is pinned because LMDeploy's placement group asks for the resource `node:<address>`,
+    which is another one on a host with several NICs. The dashboard, where the image's Ray has one, stays on
+    loopback.
     """
     ports = node.ports
     if node.role == "head":
@@ -343,13 +369,15 @@ def find_tool(name: str) -> str:
     """Return the path of a command of the image; ConfigError when the image lacks it."""
     found = shutil.which(name)
     if not found:
-        raise ConfigError(f"{name}: no such command on PATH ({os.environ.get('PATH', '')}): not an LMDeploy image?")
+        raise ConfigError(
+            f"{name}: no such command on PATH ({os.environ.get('PATH', '')}): not an LMDeploy image?"
+        )
     return found
 
 
 def interpreter_of(script: str) -> str:
-    """Return the Python that a console script runs under: its packages may not be those of the launcher's own."""
-    with open(script, "rb") as file:
+    """Return the Python that a console script runs under: the launcher's own may have other packages."""
+    with Path(script).open("rb") as file:
         first = file.readline(512).decode(errors="replace").strip()
     words = first.removeprefix("#!").split() if first.startswith("#!") else []
     if words and Path(words[0]).name == "env":
@@ -360,8 +388,11 @@ def interpreter_of(script: str) -> str:
 
 
 def find_extras(python: str) -> RayExtras:
-    """Tell what the image's Ray was installed with: `ray[default]` brings aiohttp_cors, `ray[client]` grpc."""
-    probe = "from importlib.util import find_spec as f; print(f('aiohttp_cors') is not None, f('grpc') is not None)"
+    """Tell what the image's Ray was installed with: [default] brings aiohttp_cors, [client] grpc."""
+    probe = (
+        "from importlib.util import find_spec; "
+        "print(*(find_spec(name) is not None for name in ('aiohttp_cors', 'grpc')))"
+    )
     done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
     words = done.stdout.split()
     return RayExtras(dashboard=words[:1] == ["True"], client=words[1:] == ["True"])
@@ -370,8 +401,8 @@ def find_extras(python: str) -> RayExtras:
 def run_with_keys(keys_file: Path, argv: Sequence[str]) -> None:
     """Run a console script in this process with `--api-keys` added to sys.argv only.
 
-    /proc/PID/cmdline, docker inspect and Ray's job table keep what the process was started with; multiprocessing
-    hands sys.argv to its children through a pipe. So no key shows anywhere.
+    /proc/PID/cmdline, docker inspect and Ray's job table keep what the process was started with;
+    multiprocessing hands sys.argv to its children through a pipe. So no key shows anywhere.
     """
     name = Path(argv[0]).name
     entries = importlib.metadata.entry_points(group="console_scripts", name=name)
@@ -383,7 +414,7 @@ def run_with_keys(keys_file: Path, argv: Sequence[str]) -> None:
     next(iter(entries)).load()()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The cluster, as Ray tells it
 
 
@@ -419,8 +450,9 @@ class Cluster:
     def lacks(self, nodes: int, gpus: int) -> str:
         """Say what keeps the cluster from being exactly the expected one; empty when nothing does.
 
-        A worker that was killed and is back may be listed twice, alive both times, for about 20 s (its old entry ends
-        with Ray's health check): its GPUs would be counted twice and ranks placed on a node that is gone.
+        A worker that was killed and is back may be listed twice, alive both times, for about 20 s (its old
+        entry ends with Ray's health check): its GPUs would be counted twice and ranks placed on a node that
+        is gone.
         """
         addresses = [node.address for node in self.alive]
         twice = sorted({address for address in addresses if addresses.count(address) > 1})
@@ -458,8 +490,8 @@ def parse_cluster(line: str, now: float) -> Cluster:
 def watch(address: str, interval: float, *, once: bool) -> None:
     """Print one JSON line per look at the cluster. Runs in its own process, the only one that imports Ray.
 
-    Reads the GCS tables without registering a driver. Ray aborts this process when another cluster answers at the
-    address, which is how a replaced head shows first.
+    Reads the GCS tables without registering a driver. Ray aborts this process when another cluster answers
+    at the address, which is how a replaced head shows first.
     """
     from ray._private.state import GlobalState  # type: ignore[import-not-found,unused-ignore]
     from ray._raylet import GcsClientOptions  # type: ignore[import-not-found,unused-ignore]
@@ -509,7 +541,7 @@ def _death_cause(cause: Any) -> str:
     return f": {message.splitlines()[0]}" if message else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Is the engine well?
 
 
@@ -549,15 +581,17 @@ def generated_tokens(metrics: Answer) -> float | None:
     """Return LMDeploy's count of generated tokens, None when it has no metrics."""
     if metrics.status != 200:
         return None
-    found = re.findall(r"^lmdeploy:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+]+)$", metrics.body, re.MULTILINE)
+    found = re.findall(
+        r"^lmdeploy:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+]+)$", metrics.body, re.MULTILINE
+    )
     return sum(map(float, found)) if found else None
 
 
 def judge_canary(answer: Answer, before: float | None, after: float | None, health: Answer) -> str:
     """Return what is wrong with a one-token completion; empty when the engine is proven alive.
 
-    A canary that waits behind a full queue is no fault: tokens came out meanwhile. Without metrics to tell (before
-    and after None), LMDeploy's own stall detection behind /health has the last word.
+    A canary that waits behind a full queue is no fault: tokens came out meanwhile. Without metrics to tell
+    (before and after None), LMDeploy's own stall detection behind /health has the last word.
     """
     if answer.status == 200:
         try:
@@ -573,7 +607,7 @@ def judge_canary(answer: Answer, before: float | None, after: float | None, heal
 
 
 class Vitals:
-    """What probing has shown of one api_server process, and since when it is not well. Times are monotonic."""
+    """What probing has shown of one api_server, and since when it is not well. Times are monotonic."""
 
     def __init__(self) -> None:
         self.port_open_at = self.healthy_at = self.first_token_at = 0.0
@@ -595,7 +629,7 @@ class Vitals:
         self._note("canary", fault, now)
 
     def unwell(self, now: float) -> tuple[float, str]:
-        """Return for how many seconds something has been wrong without a break, and what; (0, "") when well."""
+        """Return for how many seconds without a break something was wrong, and what; (0, "") when well."""
         if not self.trouble:
             return 0.0, ""
         since, reason = min(self.trouble.values())
@@ -628,7 +662,9 @@ class Prober(threading.Thread):
     def run(self) -> None:
         next_canary, tokens = 0.0, None
         while not self._stopped.wait(1.0 if not self.vitals.first_token_at else HEALTH_INTERVAL_S):
-            with contextlib.suppress(ConfigError):  # the key file is being replaced: the next round reads it again
+            with contextlib.suppress(
+                ConfigError
+            ):  # the key file is being replaced: the next round reads it again
                 health = ask(self._serve, "GET", "/health", timeout=HEALTH_INTERVAL_S * 2)
                 self.vitals.note_health(health, time.monotonic())
                 if health.status == 200 and not self.vitals.asleep and time.monotonic() >= next_canary:
@@ -638,7 +674,8 @@ class Prober(threading.Thread):
 
     def _canary(self, last: float | None, health: Answer) -> float | None:
         before = self._tokens()
-        # Two or more tokens since the last look were not the last canary's: the engine is at work, spare it this one.
+        # Two or more tokens since the last look were not the last canary's: the engine is at work, spare it
+        # this one.
         if self.vitals.first_token_at and before is not None and last is not None and before > last + 1:
             self.vitals.note_canary("", time.monotonic())
             return before
@@ -652,21 +689,26 @@ class Prober(threading.Thread):
         return generated_tokens(ask(self._serve, "GET", "/metrics", timeout=HEALTH_INTERVAL_S * 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Why did it end?
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _RAY_PREFIX = re.compile(r"^\([^()]*pid=[^()]*\)\s?")
-_EXCEPTION = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Failure)\w*(?:\([\w.]*\))?)(?::|$)")
+_EXCEPTION = re.compile(
+    r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Failure)\w*(?:\([\w.]*\))?)(?::|$)"
+)
 _ARGUMENT_ERROR = re.compile(r"^\S.*: error: ")
+_RANK_ERROR = re.compile(r"RayTaskError\(.*\bip=([\w.:]+)")
+_CHATTER = re.compile(r"^(?:INFO|DEBUG):")
 _ERROR_LINE = re.compile(r"\b(?:ERROR|CRITICAL|FATAL)\b|\b(?:fatal|out of memory)\b")
 
 
 class CauseFinder:
     """Finds in a process's output the line that says why it ended.
 
-    The first traceback of the last minute wins: later ones are consequences of it (Python prints the root of a chain
-    first, and LMDeploy's own main loop fails after its rank did). Then argparse's complaint, then an error line.
+    The first traceback of the last minute wins: later ones are consequences of it (Python prints the root
+    of a chain first, and LMDeploy's own main loop fails after its rank did). Then argparse's complaint,
+    then an error line.
     """
 
     WINDOW_S = 60.0
@@ -677,18 +719,23 @@ class CauseFinder:
             kind: deque(maxlen=50) for kind in ("exception", "argument", "error", "line")
         }
         self._in_traceback = False
+        self._where = ""
 
     def feed(self, line: str) -> None:
         text = _RAY_PREFIX.sub("", _ANSI.sub("", line)).rstrip()
-        if not text.strip():
+        if not text.strip() or _CHATTER.match(text):
             return
         self._add("line", text)
         if text.lstrip().startswith("Traceback (most recent call last)"):
-            self._in_traceback = True
+            self._in_traceback, self._where = True, ""
         elif self._in_traceback and not text.startswith(" "):
+            # An error of a rank: Ray says where, the rank's own traceback and exception follow.
+            if rank := _RANK_ERROR.search(text):
+                self._where = f" (on {rank[1]})"
+                return
             self._in_traceback = False
             if _EXCEPTION.match(text):
-                self._add("exception", text)
+                self._add("exception", text + self._where)
         elif _ARGUMENT_ERROR.match(text):
             self._add("argument", text)
         elif _ERROR_LINE.search(text):
@@ -701,7 +748,8 @@ class CauseFinder:
             for at, text in self._found[kind]:
                 if now - at <= self.WINDOW_S:
                     return text.strip()[:500]
-        return self._found["line"][-1][1].strip()[:500] if self._found["line"] else ""
+        lines = self._found["line"]
+        return lines[-1][1].strip()[:500] if lines and now - lines[-1][0] <= self.WINDOW_S else ""
 
     def _add(self, kind: str, text: str) -> None:
         self._found[kind].append((self._clock(), text))
@@ -717,11 +765,11 @@ def describe_exit(code: int) -> str:
 
 
 def restart_delay(failures: int) -> float:
-    """Return the seconds to wait after the n-th failure in a row: 5, 10, 20, ... at most 300."""
-    return min(FIRST_DELAY_S * 2 ** max(0, min(failures, 20) - 1), LONGEST_DELAY_S)
+    """Return the seconds to wait after the n-th failure in a row: none, then 5, 10, 20, ... at most 300."""
+    return 0.0 if failures <= 1 else min(FIRST_DELAY_S * 2 ** (min(failures, 20) - 2), LONGEST_DELAY_S)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Status and log
 
 _print_lock = threading.Lock()
@@ -729,7 +777,7 @@ _print_lock = threading.Lock()
 
 def log(message: str, source: str = "launcher") -> None:
     """Print one line to the container's log, with UTC time and source."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with _print_lock:
         print(f"{now} {source}| {message}", flush=True)
 
@@ -765,7 +813,8 @@ class Status:
     def enter(self, phase: str, message: str) -> None:
         """Go to a phase; the one before is closed with the seconds it took."""
         if phase != self.phase:
-            self.close(self.phase)
+            if self.phase not in ("serving", "degraded", "stopping"):
+                self.close(self.phase)
             self.phase, self.since = phase, time.time()
             log(f"{phase}: {message}")
         elif message != self.message:
@@ -828,14 +877,16 @@ def read_health(status: Mapping[str, Any], now: float) -> tuple[bool, str]:
     return phase in well, f"{phase}: {message}{error}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Processes
 
 
 class Child:
     """A process in a session of its own, whose output is read line by line in a thread."""
 
-    def __init__(self, name: str, argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]):
+    def __init__(
+        self, name: str, argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
+    ):
         self.name = name
         self.cause = CauseFinder()
         self._process = subprocess.Popen(
@@ -862,7 +913,8 @@ class Child:
         self._reader.join(timeout=1.0)
         code = self._process.poll()
         how = "still running" if code is None else describe_exit(code)
-        cause = self.cause.cause()
+        # Who is killed says nothing of it: its last line is about something else.
+        cause = "" if code == -signal.SIGKILL else self.cause.cause()
         return f"{self.name} ended ({how})" + (f": {cause}" if cause else "")
 
     def stop(self, grace_s: float) -> None:
@@ -892,7 +944,7 @@ class Watcher:
         self._argv = [python, str(Path(__file__).resolve()), "watch", node.head, str(WATCH_INTERVAL_S)]
         self._environment = environment
         self._child: Child | None = None
-        self._next_start = 0.0
+        self._started = self._next_start = 0.0
         self.trouble = ""
 
     def keep_running(self) -> None:
@@ -926,7 +978,7 @@ class Watcher:
             self.trouble = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The supervisor
 
 
@@ -944,6 +996,30 @@ class End:
 
     kind: str
     reason: str
+
+
+class Membership:
+    """Tells from one look after the other whether a worker still belongs to its head's cluster."""
+
+    def __init__(self) -> None:
+        self._absent_since = self._unreachable_since = 0.0
+
+    def lost(self, *, listed: bool, unreachable: str, now: float) -> str:
+        """Say what happened to the head when it is gone; empty while it is there or may only be slow.
+
+        Args:
+            listed: the head listed this node as alive when last asked.
+            unreachable: why no connection to the head stands, empty when one does.
+            now: monotonic time in seconds.
+        """
+        self._absent_since = 0.0 if listed else self._absent_since or now
+        self._unreachable_since = (self._unreachable_since or now) if unreachable else 0.0
+        if self._absent_since and now - self._absent_since > ABSENT_AFTER_S:
+            return "no longer lists this node: it was restarted, or lost sight of this node"
+        patience = REFUSED_AFTER_S if "refused" in unreachable else STALE_AFTER_S
+        if self._unreachable_since and now - self._unreachable_since > patience:
+            return f"is gone: {unreachable}"
+        return ""
 
 
 class Supervisor:
@@ -964,7 +1040,10 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.status.write()
-        log(f"{self._node.role} of replica {self._node.replica}, address {self._node.node_address}, head {self._node.head}")
+        log(
+            f"{self._node.role} of replica {self._node.replica}, "
+            f"address {self._node.node_address}, head {self._node.head}"
+        )
         try:
             self._head() if self._node.role == "head" else self._worker()
         except Stopped:
@@ -972,7 +1051,9 @@ class Supervisor:
             return 0
         except RayEnded as error:
             self.status.fail(str(error))
-            self.status.enter("stopping", "Ray is over on this node; the container ends and Docker starts it again")
+            self.status.enter(
+                "stopping", "Ray is over on this node; the container ends and Docker starts it again"
+            )
             return 1
         finally:
             self._watcher.stop()
@@ -1008,8 +1089,12 @@ class Supervisor:
         deadline = time.monotonic() + self._node.join_s
         while not self._is_member():
             if time.monotonic() > deadline:
-                seen = self._watcher.trouble or self._watcher.cluster.lacks(self._node.expected_nodes, self._node.expected_gpus)
-                raise RayEnded(f"Ray at {self._node.head} did not list this node within {self._node.join_s:g} s: {seen}")
+                seen = self._watcher.trouble or self._watcher.cluster.lacks(
+                    self._node.expected_nodes, self._node.expected_gpus
+                )
+                raise RayEnded(
+                    f"Ray at {self._node.head} did not list this node within {self._node.join_s:g} s: {seen}"
+                )
             self._tick()
 
     def _is_member(self) -> bool:
@@ -1023,30 +1108,21 @@ class Supervisor:
         self._start_ray()
         self._await_membership()
         self.status.enter("ray-up", f"joined {self._node.head}")
-        absent_since = unreachable_since = 0.0
+        membership = Membership()
         while True:
             self._tick()
-            now = time.monotonic()
-            absent_since = (absent_since or now) if self._watcher.age() < STALE_AFTER_S and not self._is_member() else 0.0
-            if absent_since and now - absent_since > ABSENT_AFTER_S:
-                raise RayEnded(f"the head at {self._node.head} no longer lists this node: it was restarted or lost sight of us")
-            if self._watcher.age() < 2 * WATCH_INTERVAL_S:
-                unreachable_since = 0.0
-                continue
-            if not (fault := connect_fault(self._node.head_address, self._node.ports.port)):
-                unreachable_since = 0.0
-                continue
-            unreachable_since = unreachable_since or now
-            patience = REFUSED_AFTER_S if "refused" in fault else STALE_AFTER_S
-            if now - unreachable_since > patience:
-                raise RayEnded(f"the head at {self._node.head} is gone: {fault}")
+            age = self._watcher.age()
+            unreachable = "" if age < 2 * WATCH_INTERVAL_S else self._connect_fault()
+            listed = age > STALE_AFTER_S or self._is_member()
+            if reason := membership.lost(listed=listed, unreachable=unreachable, now=time.monotonic()):
+                raise RayEnded(f"the head at {self._node.head} {reason}")
 
     def _await_head(self) -> None:
-        """Wait, without an end, for a GCS that answers: the head may be down for hours and must be found again."""
+        """Wait for a GCS that answers, without an end: the head may be down for hours."""
         began, reported, attempt = time.monotonic(), 0.0, 0
         while True:
             attempt += 1
-            fault = connect_fault(self._node.head_address, self._node.ports.port) or self._health_check()
+            fault = self._connect_fault() or self._health_check()
             if not fault:
                 return
             waited = time.monotonic() - began
@@ -1059,12 +1135,21 @@ class Supervisor:
             for _ in range(4):
                 self._tick(watching=False)
 
+    def _connect_fault(self) -> str:
+        return connect_fault(self._node.head_address, self._node.ports.port)
+
     def _health_check(self) -> str:
         """Ask the GCS through Ray's own client: version, token and protocol must fit. Returns the fault."""
         argv = [self._ray_tool, "health-check", f"--address={self._node.head}"]
         try:
             done = subprocess.run(
-                argv, env=self._environment, capture_output=True, text=True, errors="replace", timeout=30, check=False
+                argv,
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=30,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return "`ray health-check` did not end within 30 s"
@@ -1086,7 +1171,8 @@ class Supervisor:
             serve = self._await_ready()
             began = time.monotonic()
             end = self._serve(serve)
-            self.status.engine.update(pid=0, healthy_at=0.0, restarts=self.status.engine["restarts"] + 1)
+            restarts = 0 if end.kind == "change" else self.status.engine["restarts"] + 1
+            self.status.engine.update(pid=0, healthy_at=0.0, restarts=restarts)
             self.status.begin()
             if end.kind == "change":
                 failures = 0
@@ -1100,7 +1186,7 @@ class Supervisor:
             self._pause(restart_delay(failures), serve, failures)
 
     def _await_ready(self) -> Serve:
-        """Wait until every expected GPU is alive, nothing of a former engine is left, and serve.json is there."""
+        """Wait until every expected GPU is alive, no former engine is left, and serve.json is there."""
         began = time.monotonic()
         while True:
             cluster = self._watcher.cluster
@@ -1119,17 +1205,24 @@ class Supervisor:
                 except ConfigError as error:
                     if self._serve_path.exists():
                         self.status.fail(str(error))
-                    self.status.enter("waiting-for-serve", f"all {cluster.gpus} GPUs alive; no usable {self._serve_path}")
+                    self.status.enter(
+                        "waiting-for-serve", f"all {cluster.gpus} GPUs alive; no usable {self._serve_path}"
+                    )
             self._tick()
 
     def _serve(self, serve: Serve) -> End:
         """Run api_server once, to its end."""
         before, began = self._watcher.cluster, time.monotonic()
-        argv = engine_argv(serve, interpreter_of(find_tool(serve.argv[0])))
-        log(f"starting {' '.join(argv)}")
-        child = Child("api_server", argv, self._environment, log_engine)
+        try:
+            argv = engine_argv(serve, interpreter_of(find_tool(serve.argv[0])))
+            log(f"starting {' '.join(argv)}")
+            child = Child("api_server", argv, self._environment, log_engine)
+        except (ConfigError, OSError) as error:
+            return End(kind="failure", reason=str(error))
         started_at = time.time()
-        self.status.engine.update(pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0, serve=serve.digest)
+        self.status.engine.update(
+            pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0, serve=serve.digest
+        )
         self.status.enter("loading", "api_server starts")
         prober = Prober(serve, self._node)
         prober.start()
@@ -1154,7 +1247,10 @@ class Supervisor:
                 unwell_s, fault = vitals.unwell(now)
                 if not vitals.first_token_at:
                     if now - began > self._node.load_s:
-                        return End(kind="failure", reason=f"not serving after {self._node.load_s:g} s: {vitals.last_seen}")
+                        return End(
+                            kind="failure",
+                            reason=f"not serving after {self._node.load_s:g} s: {vitals.last_seen}",
+                        )
                 elif unwell_s > self._node.unhealthy_s:
                     return End(kind="failure", reason=f"unhealthy for {unwell_s:.0f} s: {fault}")
                 progress.update(cluster, vitals, fault)
@@ -1164,7 +1260,7 @@ class Supervisor:
             log(f"api_server stopped after {time.monotonic() - began:.0f} s")
 
     def _changed(self, serve: Serve) -> bool:
-        """Tell whether serve.json or its keys are other ones now; a broken file changes nothing until it is whole."""
+        """Tell whether serve.json or its keys are other ones now; a broken file changes nothing yet."""
         try:
             return load_serve(self._serve_path).fingerprint != serve.fingerprint
         except ConfigError as error:
@@ -1173,7 +1269,9 @@ class Supervisor:
 
     def _pause(self, delay_s: float, serve: Serve, failures: int) -> None:
         self.status.enter(
-            "degraded", f"api_server failed {failures} time(s) in a row; next start in {delay_s:g} s: {self.status.last_error}"
+            "degraded",
+            f"api_server failed {failures} time(s) in a row; next start in {delay_s:g} s: "
+            f"{self.status.last_error}",
         )
         deadline = time.monotonic() + delay_s
         while time.monotonic() < deadline and not self._changed(serve):
@@ -1232,26 +1330,34 @@ def connect_fault(host: str, port: int) -> str:
 
 
 def prune_sessions(root: Path) -> None:
-    """Remove Ray's folders of former runs but the newest: each restart of the container leaves one with its logs."""
+    """Remove Ray's folders of former runs but the newest: each restart of the container leaves one."""
     sessions = sorted(path for path in root.glob("session_2*") if path.is_dir() and not path.is_symlink())
     for path in sessions[: -KEPT_SESSIONS or None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="launcher.py", description="Supervise Ray and LMDeploy's api_server.")
-    parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="where node.json and serve.json are")
+    parser = argparse.ArgumentParser(
+        prog="launcher.py", description="Supervise Ray and LMDeploy's api_server."
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, default=CONFIG_DIR, help="where node.json and serve.json are"
+    )
     parser.add_argument("--state-dir", type=Path, default=STATE_DIR, help="where status.json is written")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="supervise this node until stopped")
-    commands.add_parser("health", help="exit 0 when this node does what it is there for, else 1; one line why")
+    commands.add_parser(
+        "health", help="exit 0 when this node does what it is there for, else 1; one line why"
+    )
     commands.add_parser("nodes", help="print the nodes as Ray tells them from here, as JSON")
     commands.add_parser("status", help="print status.json")
-    watcher = commands.add_parser("watch", help="(internal) print the cluster's state, a JSON line each interval")
+    watcher = commands.add_parser(
+        "watch", help="(internal) print the cluster's state, a JSON line each interval"
+    )
     watcher.add_argument("address")
     watcher.add_argument("interval", type=float)
     watcher.add_argument("--once", action="store_true")
@@ -1262,7 +1368,9 @@ def main(argv: Sequence[str]) -> int:
     status_path = arguments.state_dir / "status.json"
     try:
         if arguments.command == "run":
-            return Supervisor(load_node(arguments.config_dir / "node.json"), arguments.config_dir, arguments.state_dir).run()
+            return Supervisor(
+                load_node(arguments.config_dir / "node.json"), arguments.config_dir, arguments.state_dir
+            ).run()
         if arguments.command == "watch":
             watch(arguments.address, arguments.interval, once=arguments.once)
         elif arguments.command == "engine":

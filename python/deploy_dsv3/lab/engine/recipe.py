@@ -1,8 +1,8 @@
-"""Build the lab's engine image: real Ray and the stand-in `lmdeploy`, in a virtual environment as LMDeploy's image has.
+"""Build the lab's engine image: real Ray and the stand-in `lmdeploy` in an environment like LMDeploy's.
 
-Packages are fetched on this machine, by its own pip with its own index, proxy and CA settings, so nothing of those
-gets into the image and the build needs no network inside a container. Only `docker create`, `cp`, `start` and
-`commit` are used: every engine since 20.10 has them, with or without a builder plugin.
+Packages are fetched on this machine, by its own pip with its own index, proxy and CA settings, so nothing
+of those gets into the image and the build needs no network inside a container. Only `docker create`, `cp`,
+`start` and `commit` are used: every engine since 20.10 has them, with or without a builder plugin.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NEEDLESS = (
 _CHANGES = (
     f"ENV PATH={_PREFIX}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "ENV PYTHONUNBUFFERED=1",
-    f'LABEL org.opencontainers.image.title="SIMULATOR: stand-in for openmmlab/lmdeploy {IMITATES}, deploy-dsv3 lab only"',
+    f'LABEL org.opencontainers.image.title="SIMULATOR for the deploy-dsv3 lab, not LMDeploy {IMITATES}"',
     "LABEL io.deploy-dsv3.lab.stand-in=true",
     'CMD ["/bin/bash"]',
 )
@@ -72,14 +72,19 @@ def fingerprint() -> str:
 
 
 def build(
-    docker_host: str, tag: str, base_image: str, *, ca_bundle: Path | None = None, pip_config: Path | None = None
+    docker_host: str,
+    tag: str,
+    base_image: str,
+    *,
+    ca_bundle: Path | None = None,
+    pip_config: Path | None = None,
 ) -> None:
     """Make image `tag` on the engine at `docker_host` from a Debian-like `base_image` that holds python3.
 
     Args:
         docker_host: address of the Docker engine ("unix:///…").
-        ca_bundle: certificates for pip where the package index stands behind a private CA; None: pip's own settings.
-        pip_config: a pip.conf to use; None: the machine's own.
+        ca_bundle: certificates for pip where the package index stands behind a private CA; None: pip's own
+        settings. pip_config: a pip.conf to use; None: the machine's own.
 
     Raises:
         LabError: pip or Docker failed; the message ends with what they said.
@@ -112,7 +117,9 @@ def _python_of(docker: DockerCli, image: str) -> tuple[str, str]:
     return version, machine
 
 
-def _fetch(packages: Path, version: str, machine: str, *, ca_bundle: Path | None, pip_config: Path | None) -> None:
+def _fetch(
+    packages: Path, version: str, machine: str, *, ca_bundle: Path | None, pip_config: Path | None
+) -> None:
     environment = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if ca_bundle:
         environment["PIP_CERT"] = str(ca_bundle)
@@ -121,7 +128,16 @@ def _fetch(packages: Path, version: str, machine: str, *, ca_bundle: Path | None
     platforms = [f"--platform=manylinux{suffix}_{machine}" for suffix in ("2014", "_2_17", "_2_28", "_2_34")]
     shell.run(
         [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--require-hashes"),
+            *(
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--no-compile",
+                "--require-hashes",
+            ),
             *("--only-binary=:all:", f"--python-version={version}", "--implementation=cp", *platforms),
             *("--target", str(packages), "--requirement", str(_LOCK)),
         ],
@@ -151,15 +167,25 @@ def _lay_out(environment: Path, version: str) -> None:
     programs.mkdir()
     for name in ("python", "python3"):
         (programs / name).symlink_to("/usr/bin/python3")
-    (environment / "pyvenv.cfg").write_text(f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n")
-    for command, module, function in (("ray", "ray.scripts.scripts", "main"), ("lmdeploy", "lmdeploy.cli", "run")):
+    (environment / "pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n"
+    )
+    for command, module, function in (
+        ("ray", "ray.scripts.scripts", "main"),
+        ("lmdeploy", "lmdeploy.cli", "run"),
+    ):
         script = programs / command
-        script.write_text(f"#!{_PREFIX}/bin/python\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n")
+        script.write_text(
+            f"#!{_PREFIX}/bin/python\nimport sys\n\n"
+            f"from {module} import {function} as main\n\nsys.exit(main())\n"
+        )
         script.chmod(0o755)
 
 
 def _standin_files() -> Iterator[Path]:
-    return (path for path in sorted(_STANDIN.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    return (
+        path for path in sorted(_STANDIN.rglob("*")) if path.is_file() and "__pycache__" not in path.parts
+    )
 
 
 __all__ = ["LabError", "build", "fingerprint"]

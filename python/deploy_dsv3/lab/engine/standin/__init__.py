@@ -1,7 +1,7 @@
 """A stand-in for LMDeploy: a simulator for the lab, never a model server.
 
-The lab's engine image installs this package as `lmdeploy` beside the real Ray. README.md says what it imitates and
-what it does not. Imports stay relative, so that it runs under either name.
+The lab's engine image installs this package as `lmdeploy` beside the real Ray. README.md says what it
+imitates and what it does not. Imports stay relative, so that it runs under either name.
 """
 
 #: The LMDeploy release whose options, routes, bodies and metric names are imitated.

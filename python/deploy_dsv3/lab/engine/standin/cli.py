@@ -18,15 +18,27 @@ from typing import Any
 
 from . import IMITATES, __version__
 
-_NOTICE = f"lmdeploy {__version__}: a STAND-IN of the deploy-dsv3 lab, not LMDeploy {IMITATES}. It pretends to generate."
+_NOTICE = (
+    f"lmdeploy {__version__}: a STAND-IN of the deploy-dsv3 lab, not LMDeploy {IMITATES}. "
+    "It pretends to generate."
+)
 _DEFAULT_PORT = 23333
 # lmdeploy.messages.QuantPolicy
-_QUANT_POLICIES = {"none": 0, "int4": 4, "int8": 8, "fp8": 16, "fp8_e4m3": 16, "fp8_e5m2": 17, "turbo_quant": 42}
+_QUANT_POLICIES = {
+    "none": 0,
+    "int4": 4,
+    "int8": 8,
+    "fp8": 16,
+    "fp8_e4m3": 16,
+    "fp8_e5m2": 17,
+    "turbo_quant": 42,
+}
 
 
 def _quant_policy(text: str) -> int:
-    value = _QUANT_POLICIES.get(text.lower(), None)
-    if value is None and (value := int(text)) not in _QUANT_POLICIES.values():
+    known = _QUANT_POLICIES.get(text.lower())
+    value = int(text) if known is None else known
+    if value not in _QUANT_POLICIES.values():
         raise ValueError(f"invalid quant_policy: {text!r}")
     return value
 
@@ -45,7 +57,9 @@ class _DashedParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        return super().parse_args([re.sub(r"^--[^.=]*", lambda m: m[0].replace("_", "-"), word) for word in words], namespace)
+        return super().parse_args(
+            [re.sub(r"^--[^.=]*", lambda m: m[0].replace("_", "-"), word) for word in words], namespace
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:

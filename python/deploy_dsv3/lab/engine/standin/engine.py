@@ -27,8 +27,8 @@ VOCABULARY = [first + second for first in _SYLLABLES for second in _SYLLABLES]
 DEFAULT_BATCH = 1024
 DEFAULT_CONTEXT = 32768
 
-# A batch passes through all ranks once a step, but not more often than this: 16 remote calls a token are too many
-# for a small machine. The first step of a request always does.
+# A batch passes through all ranks once a step, but not more often than this: 16 remote calls a token are
+# too many for a small machine. The first step of a request always does.
 _RANK_INTERVAL_S = 0.2
 
 
@@ -74,7 +74,10 @@ class _Request:
 
 def tokenize(text: str) -> list[int]:
     """Split at white space; the space before a word belongs to it, one at the end is a token of its own."""
-    return [int.from_bytes(hashlib.blake2s(piece.encode(), digest_size=3).digest()) for piece in re.findall(r"\s*\S+|\s+$", text)]
+    return [
+        int.from_bytes(hashlib.blake2s(piece.encode(), digest_size=3).digest())
+        for piece in re.findall(r"\s*\S+|\s+$", text)
+    ]
 
 
 def tokenize_chat(messages: list[dict[str, Any]]) -> list[int]:

@@ -1,7 +1,8 @@
 """The ranks behind the engine: real Ray actors, made as LMDeploy's executor makes them, or none.
 
-Follows lmdeploy/pytorch/ray.py and lmdeploy/pytorch/engine/executor/ray_executor.py of LMDeploy 0.18.0 where the
-deployment can tell the difference: how Ray is found, the placement group, the actors and what they ask for.
+Follows lmdeploy/pytorch/ray.py and lmdeploy/pytorch/engine/executor/ray_executor.py of LMDeploy 0.18.0
+where the deployment can tell the difference: how Ray is found, the placement group, the actors and what
+they ask for.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ class RayExecutor:
 
     def _sort(self) -> None:
         """Ranks of the driver's node first, then nodes with fewer of them, then by address."""
-        master = os.environ.get("LMDEPLOY_DIST_MASTER_ADDR") or self._ray.get_runtime_context().gcs_address.split(":")[0]
+        master = (
+            os.environ.get("LMDEPLOY_DIST_MASTER_ADDR")
+            or self._ray.get_runtime_context().gcs_address.split(":")[0]
+        )
         addresses = self._ray.get([worker.get_node_ip.remote() for worker in self._workers])
         keyed = sorted(
             zip(addresses, self._workers, strict=True),
@@ -102,14 +106,11 @@ class RayExecutor:
 def choose(model_path: str, tp: int, backend: str | None) -> Executor:
     """Pick the executor as LMDeploy does: Ray for more than one GPU or when asked for."""
     wanted = backend or os.environ.get("LMDEPLOY_EXECUTOR_BACKEND") or ("uni" if tp == 1 else "ray")
-    # The one switch of its own: answer without ranks, for tests of the HTTP interface alone.
-    if wanted == "ray" and os.environ.get("STANDIN_EXECUTOR") != "local":
-        return RayExecutor(model_path, tp)
-    return LocalExecutor(model_path)
+    return RayExecutor(model_path, tp) if wanted == "ray" else LocalExecutor(model_path)
 
 
 def _init_ray(ray: Any, tp: int) -> None:
-    """Join the cluster that RAY_ADDRESS names; without one a private Ray starts, silently, as with LMDeploy."""
+    """Join the cluster that RAY_ADDRESS names; else a private Ray starts silently, as with LMDeploy."""
     try:
         context = ray.init(address=None, ignore_reinit_error=True, num_cpus=tp)
     except ValueError as error:
@@ -134,12 +135,15 @@ def _placement_group(ray: Any, tp: int) -> Any:
         if done:
             break
         interval *= 2
-        logger.info("Waiting for creating a placement group of specs for %d seconds.", int(time.time() - began))
+        logger.info(
+            "Waiting for creating a placement group of specs for %d seconds.", int(time.time() - began)
+        )
     try:
         ray.get(ready, timeout=0)
     except ray.exceptions.GetTimeoutError:
         raise ValueError(
-            f"Cannot provide a placement group of placement_group_specs={bundles} within {PG_WAIT_TIMEOUT_S} seconds. "
+            f"Cannot provide a placement group of placement_group_specs={bundles} "
+            f"within {PG_WAIT_TIMEOUT_S} seconds. "
             "See `ray status` to make sure the cluster has enough resources."
         ) from None
     return group

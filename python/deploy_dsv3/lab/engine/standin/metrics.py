@@ -8,10 +8,21 @@ import prometheus_client
 
 _LABELS = ["model_name", "engine"]
 # lmdeploy.messages.ResponseType
-_REASONS = (
-    "SUCCESS FINISH ENGINE_STOP_ERROR SESSION_REPEAT SESSION_NOT_EXIST HANDLER_NOT_EXIST INPUT_LENGTH_ERROR "
-    "INTERNAL_ENGINE_ERROR CANCEL PREFIX_CACHE_CONFLICT NO_QUEUE NOT_SUPPORTED OUT_OF_MEMORY"
-).split()
+_REASONS = [
+    "SUCCESS",
+    "FINISH",
+    "ENGINE_STOP_ERROR",
+    "SESSION_REPEAT",
+    "SESSION_NOT_EXIST",
+    "HANDLER_NOT_EXIST",
+    "INPUT_LENGTH_ERROR",
+    "INTERNAL_ENGINE_ERROR",
+    "CANCEL",
+    "PREFIX_CACHE_CONFLICT",
+    "NO_QUEUE",
+    "NOT_SUPPORTED",
+    "OUT_OF_MEMORY",
+]
 
 _GAUGES = {
     "num_requests_succeeded": "Number of current succeeded requests.",
@@ -22,8 +33,12 @@ _GAUGES = {
     "num_requests_waiting": "Number of requests waiting to be processed.",
     "gpu_cache_usage_perc": "GPU KV-cache usage. 1 means 100 percent usage.",
     "prefix_cache_hit_rate": "Prefix-cache hit rate. 1 means 100 percent of queried prefix tokens hit.",
-    "spec_decode_mean_accept_rate": "Mean speculative decoding acceptance rate. 1 means 100 percent accepted.",
-    "spec_decode_mean_accept_length": "Mean speculative decoding acceptance length, including the bonus token.",
+    "spec_decode_mean_accept_rate": (
+        "Mean speculative decoding acceptance rate. 1 means 100 percent accepted."
+    ),
+    "spec_decode_mean_accept_length": (
+        "Mean speculative decoding acceptance length, including the bonus token."
+    ),
 }
 _COUNTERS = {
     "prompt_tokens_total": "Number of prefill tokens processed.",
@@ -37,7 +52,8 @@ _SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 _RATIOS = [tenth / 10 for tenth in range(11)]
 _STEPS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 _FIRST = (
-    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 160.0 640.0 2560.0"
+    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 "
+    "160.0 640.0 2560.0"
 )
 _TOKEN = "0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0"
 _REQUEST = (
@@ -47,15 +63,24 @@ _HISTOGRAMS: dict[str, tuple[str, list[Any]]] = {
     "request_prompt_tokens": ("Number of prefill tokens processed.", _SIZES),
     "request_generation_tokens": ("Number of generation tokens processed.", _SIZES),
     "request_cached_tokens": ("Number of prefix-cached input tokens per request.", _SIZES),
-    "request_cache_hit_ratio": ("Prefix cache hit ratio (cached_tokens / prompt_tokens) per request.", _RATIOS),
+    "request_cache_hit_ratio": (
+        "Prefix cache hit ratio (cached_tokens / prompt_tokens) per request.",
+        _RATIOS,
+    ),
     "iteration_tokens_total": ("Histogram of number of tokens per engine_step.", _STEPS),
     "time_to_first_token_seconds": ("Histogram of time to first token in seconds.", _FIRST.split()),
     "time_per_output_token_seconds": ("Histogram of time per output token in seconds.", _TOKEN.split()),
     "iter_token_latency": ("Histogram of inter-token latency", _TOKEN.split()),
     "e2e_request_latency_seconds": ("Histogram of e2e request latency in seconds.", _REQUEST.split()),
     "request_queue_time_seconds": ("Histogram of time spent in WAITING phase for request.", _REQUEST.split()),
-    "request_inference_time_seconds": ("Histogram of time spent in RUNNING phase for request.", _REQUEST.split()),
-    "request_prefill_time_seconds": ("Histogram of time spent in PREFILL phase for request.", _REQUEST.split()),
+    "request_inference_time_seconds": (
+        "Histogram of time spent in RUNNING phase for request.",
+        _REQUEST.split(),
+    ),
+    "request_prefill_time_seconds": (
+        "Histogram of time spent in PREFILL phase for request.",
+        _REQUEST.split(),
+    ),
     "request_decode_time_seconds": ("Histogram of time spent in DECODE phase for request.", _REQUEST.split()),
 }
 
@@ -64,15 +89,19 @@ class Metrics:
     """All series of one engine, in a registry."""
 
     def __init__(self, model_name: str, registry: prometheus_client.CollectorRegistry) -> None:
-        prometheus_client.disable_created_metrics()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         values = (model_name, "0")
         prometheus_client.Info("lmdeploy:backend_config", "information of backend_config", registry=registry)
         self._gauge = {
-            name: prometheus_client.Gauge(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(*values)
+            name: prometheus_client.Gauge(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(
+                *values
+            )
             for name, text in _GAUGES.items()
         }
         self._counter = {
-            name: prometheus_client.Counter(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(*values)
+            name: prometheus_client.Counter(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(
+                *values
+            )
             for name, text in _COUNTERS.items()
         }
         self._histogram = {
@@ -117,7 +146,9 @@ class Metrics:
             self._histogram["time_per_output_token_seconds"].observe(since_last)
             self._histogram["iter_token_latency"].observe(since_last)
 
-    def finish(self, *, prompt_tokens: int, generated: int, queued_s: float, prefill_s: float, total_s: float) -> None:
+    def finish(
+        self, *, prompt_tokens: int, generated: int, queued_s: float, prefill_s: float, total_s: float
+    ) -> None:
         """One request is done."""
         self._success["FINISH"].inc()
         self._gauge["num_requests_succeeded"].inc()

@@ -1,4 +1,4 @@
-"""Request bodies, with the fields of LMDeploy's own (lmdeploy/serve/openai/protocol.py) that the stand-in reads.
+"""Request bodies with those fields of lmdeploy/serve/openai/protocol.py that the stand-in reads.
 
 Fields it does not read are accepted as the real server accepts them: pydantic ignores what it does not know.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-_ALPHABET = "".join(c for c in string.digits + string.ascii_uppercase + string.ascii_lowercase if c not in "01IOl")
+_ALPHABET = "".join(
+    c for c in string.digits + string.ascii_uppercase + string.ascii_lowercase if c not in "01IOl"
+)
 
 
 def random_id() -> str:

@@ -20,7 +20,9 @@ def check_model(model_path: str) -> None:
         raise OSError(f"{model_path} is no folder on {os.uname().nodename}")
     json.loads((folder / "config.json").read_text())
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    shards = (
+        set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    )
     for shard in sorted(shards):
         if not (folder / shard).is_file():
             raise OSError(f"{folder / shard} is missing on {os.uname().nodename}")

@@ -1,7 +1,8 @@
 """The HTTP interface of LMDeploy's api_server, in front of the pretended engine.
 
-Routes, bodies and errors are those recorded from the real server (tests/contract); what is not simulated says so with
-status 501. FastAPI and Starlette are the real server's too, so their own answers (404, 405, CORS) come by themselves.
+Routes, bodies and errors are those recorded from the real server (tests/contract); what is not simulated
+says so with status 501. FastAPI and Starlette are the real server's too, so their own answers (404, 405,
+CORS) come by themselves.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def create_app(engine: Engine, options: Options, registry: prometheus_client.Col
         task.cancel()
         await engine.stop()
 
-    documented: dict[str, Any] = {"docs_url": "/"} if options.docs else dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    documented: dict[str, Any] = (
+        {"docs_url": "/"} if options.docs else dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    )
     app = FastAPI(lifespan=lifespan, **documented)
 
     @app.get("/health")
@@ -147,7 +150,9 @@ def _add_management(app: FastAPI, engine: Engine, options: Options) -> None:
     async def terminate() -> Response:
         if not options.allow_terminate:
             return error(
-                400, "The server can not be terminated. Please add --allow-terminate-by-client when start the server."
+                400,
+                "The server can not be terminated. "
+                "Please add --allow-terminate-by-client when start the server.",
             )
         os.kill(os.getpid(), signal.SIGTERM)
         return Response(status_code=200)
@@ -187,7 +192,8 @@ def _add_generation(app: FastAPI, engine: Engine, options: Options) -> None:
             if length >= engine.context:
                 return error(
                     400,
-                    f"Input length ({length}) must be smaller than the model context length ({engine.context}).",
+                    f"Input length ({length}) must be smaller than the model context length "
+                    f"({engine.context}).",
                 )
         return None
 
@@ -338,7 +344,11 @@ def _stream(
         else:
             counts = counted
         if counts:
-            total = {key: value for key, value in usage(prompt_tokens, produced, cached=cached).items() if value is not None}
+            total = {
+                key: value
+                for key, value in usage(prompt_tokens, produced, cached=cached).items()
+                if value is not None
+            }
             yield _event({**head, "choices": [], "usage": total}, compact=cached)
         yield "data: [DONE]\n\n"
 
@@ -383,10 +393,16 @@ class _KeyCheck:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not scope["path"].startswith(_OPEN_PREFIXES):
+        if (
+            scope["type"] == "http"
+            and scope["method"] != "OPTIONS"
+            and not scope["path"].startswith(_OPEN_PREFIXES)
+        ):
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.encode()).digest()
-            if scheme.lower() != "bearer" or not any(secrets.compare_digest(digest, known) for known in self._digests):
+            if scheme.lower() != "bearer" or not any(
+                secrets.compare_digest(digest, known) for known in self._digests
+            ):
                 await error(401, "Unauthorized.")(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -399,7 +415,12 @@ class _SleepCheck:
         self._app, self._engine = app, engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in _GENERATING and self._engine.sleeping:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and scope["path"] in _GENERATING
+            and self._engine.sleeping
+        ):
             text = "Engine is sleeping; call POST /wakeup before inference (e.g. tags=weights&tags=kv_cache)."
             await error(503, text)(scope, receive, send)
             return

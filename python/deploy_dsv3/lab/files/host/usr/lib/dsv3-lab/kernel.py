@@ -25,6 +25,7 @@ HARDWARE = Path("/var/lib/dsv3-lab/hardware.json")  # mounted read-only from the
 STATE = Path("/run/dsv3-lab")  # on tmpfs: a reboot forgets it, as a kernel does
 PLUGGED = STATE / "plugged.json"  # slots of the simulated PCI devices
 DRIVER = STATE / "driver.json"  # what is loaded: {"version", "flavour"}
+FABRIC = STATE / "fabric"  # there once the fabric manager has trained the NVLinks
 MODULES = STATE / "modules.json"  # names of the simulated modules that are loaded
 INITRAMFS = Path("/var/lib/dsv3-initramfs/modprobe.d")  # what update-initramfs copied
 DKMS = Path("/var/lib/dkms/nvidia")  # <version>/<kernel>: modules that were built
@@ -174,9 +175,7 @@ def plug(unit: dict[str, Any], vendor: str, class_: str) -> Path:
         write(path / name, text)
     maker, product, kind = int(vendor, 16), int(device, 16), int(class_, 16)
     # The first 64 bytes of configuration space: what lspci reads.
-    head = struct.pack(
-        "<HHHHBBBB", maker, product, 0x0006, 0x0010, 0xA1, kind & 0xFF, kind >> 8 & 0xFF, kind >> 16
-    )
+    head = struct.pack("<HHHHBBBB", maker, product, 0x0006, 0x0010, 0xA1, kind & 0xFF, kind >> 8 & 0xFF, kind >> 16)
     (path / "config").write_bytes(head.ljust(44, b"\0") + struct.pack("<HH", maker, product) + bytes(16))
     link(Path("/sys/bus/pci/devices") / path.name, path)
     write(PLUGGED, json.dumps([*read_json(PLUGGED, []), path.name]))
@@ -377,6 +376,7 @@ def unload_nvidia() -> int:
     for name in NVIDIA_MODULES:
         remove(name)
     DRIVER.unlink(missing_ok=True)
+    FABRIC.unlink(missing_ok=True)
     shutil.rmtree("/proc/driver/nvidia", ignore_errors=True)
     for path in Path("/dev").glob("nvidia*"):
         path.unlink()

@@ -1,0 +1,50 @@
+"""Record a running api_server: the requests of an earlier recording, sent again, with the answers of today.
+
+    python tests/contract/record.py --url http://127.0.0.1:23333 --keyed-url http://127.0.0.1:23334 \
+        --source "LMDeploy 0.19.0, …" --lmdeploy 0.19.0
+
+Both servers serve a small model under the name `dsv3` with a context of 32768 tokens; the second runs with
+`--api-keys sk-sample`. Writes tests/contract/recorded/lmdeploy-VERSION.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from exchanges import RECORDED, load, read_metrics, read_routes, send
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", required=True, help="a server without API keys")
+    parser.add_argument("--keyed-url", required=True, help="one with --api-keys sk-sample")
+    parser.add_argument("--lmdeploy", required=True, metavar="VERSION")
+    parser.add_argument("--source", required=True, help="what was recorded: versions, GPU, model, date")
+    arguments = parser.parse_args()
+    _, known = load()
+    exchanges = []
+    for exchange in known:
+        url = arguments.keyed_url if exchange.keyed else arguments.url
+        answer = send(url, exchange.request)
+        keyed = {"keyed": True} if exchange.keyed else {}
+        exchanges.append({"name": exchange.name, **keyed, "request": exchange.request, "response": answer})
+    recording = {
+        "source": arguments.source,
+        "lmdeploy": arguments.lmdeploy,
+        "routes": read_routes(arguments.url),
+        "exchanges": exchanges,
+        "metrics": read_metrics(arguments.url),
+    }
+    target = RECORDED / f"lmdeploy-{arguments.lmdeploy}.json"
+    target.write_text(json.dumps(recording, indent=1, ensure_ascii=False) + "\n")
+    print(
+        f"{target}: {len(exchanges)} exchanges, {len(recording['routes'])} routes, "
+        f"{len(recording['metrics'])} metrics"
+    )
+
+
+if __name__ == "__main__":
+    main()

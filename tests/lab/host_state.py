@@ -1,0 +1,93 @@
+"""Runs on a host: prints, as JSON, what a deployment could have changed there.
+
+Sent to the host as it is, so it needs nothing but Python. Each section is a mapping of text to text.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+#: Below these, content counts; elsewhere size and time of change do.
+HASHED = ("/etc", "/usr/local", "/opt", "/srv", "/root", "/home", "/data", "/var/lib/deploy-dsv3")
+#: What changes by itself on a host that nobody touches.
+RESTLESS = ("/var/log", "/var/cache", "/var/tmp", "/var/lib/systemd", "/var/lib/dbus")
+
+
+def main() -> None:
+    json.dump(
+        {
+            "packages": packages(),
+            "files": files(),
+            "services": services(),
+            "ports": ports(),
+            "containers": docker("ps", "--all", "--no-trunc", "--format", "{{.Names}}\t{{.ID}} {{.Image}}"),
+            "images": docker("images", "--no-trunc", "--format", "{{.Repository}}:{{.Tag}}\t{{.ID}}"),
+        },
+        sys.stdout,
+    )
+
+
+def said(*argv: str) -> str:
+    return subprocess.run(argv, stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+
+
+def packages() -> dict:
+    listing = said("dpkg-query", "--show", "--showformat=${Package}\t${Version} ${db:Status-Status}\n")
+    return dict(line.split("\t") for line in listing.splitlines())
+
+
+def services() -> dict:
+    running = said("systemctl", "list-units", "--type=service", "--state=running", "--plain", "--no-legend")
+    enabled = said("systemctl", "list-unit-files", "--state=enabled", "--plain", "--no-legend")
+    found = {line.split()[0]: "enabled" for line in enabled.splitlines()}
+    for line in running.splitlines():
+        unit = line.split()[0]
+        # A user's manager comes and goes with logins.
+        if not unit.startswith("user"):
+            found[unit] = "{} running".format(found.get(unit, "")).strip()
+    return found
+
+
+def ports() -> dict:
+    return {line.split()[3]: "listening" for line in said("ss", "-Hltn").splitlines()}
+
+
+def docker(*arguments: str) -> dict:
+    if shutil.which("docker") is None:
+        return {}
+    return dict(line.split("\t") for line in said("docker", *arguments).splitlines())
+
+
+def files() -> dict:
+    found, folders = {}, ["/"]
+    device = os.lstat("/").st_dev
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            about = entry.stat(follow_symlinks=False)
+            if about.st_dev != device or entry.path.startswith(RESTLESS):
+                continue
+            found[entry.path] = "{:o} {}:{} {}".format(
+                about.st_mode, about.st_uid, about.st_gid, content(entry.path, about)
+            )
+            if stat.S_ISDIR(about.st_mode):
+                folders.append(entry.path)
+    return found
+
+
+def content(path: str, about: os.stat_result) -> str:
+    if stat.S_ISLNK(about.st_mode):
+        return "-> " + os.readlink(path)
+    if not stat.S_ISREG(about.st_mode):
+        return ""
+    if path.startswith(HASHED):
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    return "{} {}".format(about.st_size, about.st_mtime_ns)
+
+
+if __name__ == "__main__":
+    main()
