@@ -69,15 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for what in options.only or ["docker", "python"]:
                 tree = Path(work) / what
                 _say(f"collecting {what}")
-                versions = (
-                    collect_docker(tree, options) if what == "docker" else collect_python(tree, options)
-                )
+                versions = collect_docker(tree, options) if what == "docker" else collect_python(tree, options)
                 parts = pack(tree, options.output / f"{what}.tar.xz", options.part_size)
                 record[what] = {"versions": versions, "parts": [vars(part) for part in parts]}
                 total = sum(part.size for part in parts)
-                _say(
-                    f"{what}: {total / 1e6:.1f} MB in {len(parts)} parts, {_size(tree) / 1e6:.1f} MB unpacked"
-                )
+                _say(f"{what}: {total / 1e6:.1f} MB in {len(parts)} parts, {_size(tree) / 1e6:.1f} MB unpacked")
     except (BundleError, subprocess.CalledProcessError) as error:
         print(f"make_bundle: {error}", file=sys.stderr)
         return 1
@@ -144,9 +140,7 @@ def collect_python(tree: Path, options: argparse.Namespace) -> dict[str, str]:
     )
     left_out = {*present, *CONTENTS["python"]["left_out"]["packages"]}
     wanted_engine = {name: version for name, version in engine.items() if name not in left_out}
-    wanted_control = {
-        name: version for name, version in control.items() if name not in {*left_out, *wanted_engine}
-    }
+    wanted_control = {name: version for name, version in control.items() if name not in {*left_out, *wanted_engine}}
     _install(tree / "engine", wanted_engine)
     _install(tree / "control", wanted_control)
     _uv(["pip", "install", *_target(tree / "control"), "--no-deps", str(REPOSITORY)])
@@ -190,14 +184,10 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 def _debian_mirror() -> str:
     """The mirror that this machine's apt uses for Debian itself."""
     rows = _run(["apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages"])
-    mirrors = [
-        uri for origin, _, uri in (row.partition(" ") for row in rows.splitlines()) if origin == "Debian"
-    ]
+    mirrors = [uri for origin, _, uri in (row.partition(" ") for row in rows.splitlines()) if origin == "Debian"]
     plain = [uri for uri in mirrors if "security" not in uri]
     if not plain:
-        raise BundleError(
-            "apt here knows no mirror of Debian (run apt-get update?): give --debian-mirror URL"
-        )
+        raise BundleError("apt here knows no mirror of Debian (run apt-get update?): give --debian-mirror URL")
     return plain[0]
 
 
@@ -253,9 +243,7 @@ def _copy_collections(folder: Path) -> dict[str, str]:
         raise BundleError("package `ansible` is not installed here: run in deploy-dsv3's own environment")
     source = Path(spec.submodule_search_locations[0])
     texts = (
-        path.read_text(encoding="utf-8")
-        for top in ("roles", "playbooks")
-        for path in (REPOSITORY / top).rglob("*.yml")
+        path.read_text(encoding="utf-8") for top in ("roles", "playbooks") for path in (REPOSITORY / top).rglob("*.yml")
     )
     open_names = {name for text in texts for name in _FQCN.findall(text)} - {"ansible.builtin"}
     versions: dict[str, str] = {}
@@ -306,15 +294,9 @@ def _say(text: str) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=REPOSITORY / ".bundle", help="folder (default: .bundle)"
-    )
-    parser.add_argument(
-        "--present", type=Path, metavar="FILE", help="`pip list --format=freeze` of the server"
-    )
-    parser.add_argument(
-        "--only", action="append", choices=["docker", "python"], help="make only this archive"
-    )
+    parser.add_argument("--output", type=Path, default=REPOSITORY / ".bundle", help="folder (default: .bundle)")
+    parser.add_argument("--present", type=Path, metavar="FILE", help="`pip list --format=freeze` of the server")
+    parser.add_argument("--only", action="append", choices=["docker", "python"], help="make only this archive")
     parser.add_argument("--part-size", type=int, default=60_000_000, metavar="BYTES", help="largest part")
     parser.add_argument("--debian-mirror", metavar="URL", help="instead of the one that apt uses here")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write a small model of the DeepSeek-V3 architecture with random weights: 192 M parameters, a real tokenizer.
+"""Write a small model of the DeepSeek-V3 architecture with random weights: 194 M parameters and a tokenizer.
 
 It answers nonsense, in the same tokens every time, and takes the engine through everything that the real model
-does: multi-head latent attention, grouped expert routing, sharded safetensors. Needs torch, safetensors, tokenizers
-and transformers, as any server that can serve the model has them.
+does: multi-head latent attention, grouped expert routing, sharded safetensors. Needs torch, safetensors,
+tokenizers and transformers, as any server that can serve the model has them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SEED = 0
+VOCABULARY = 8192
 BOS, EOS, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -32,7 +33,7 @@ CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "torch_dtype": "bfloat16",
-    "vocab_size": 8192,
+    "vocab_size": VOCABULARY,
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "moe_intermediate_size": 512,
@@ -129,6 +130,7 @@ def write_weights(folder: Path, shards: int) -> int:
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         save_file({name: tensors[name] for name in part}, str(folder / file), metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors writes for the owner alone
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -145,7 +147,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=VOCABULARY,
         special_tokens=[BOS, EOS, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -154,8 +156,8 @@ def write_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(str(folder))
-    if len(fast) != CONFIG["vocab_size"]:
-        raise SystemExit(f"the tokenizer has {len(fast)} tokens, {CONFIG['vocab_size']} were asked for")
+    if len(fast) != VOCABULARY:
+        raise SystemExit(f"the tokenizer has {len(fast)} tokens, {VOCABULARY} were asked for")
 
 
 def _mlp(prefix: str, hidden: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -71,17 +71,20 @@ def _listening() -> Iterator[_Remarks]:
         "display": lambda *_a, **_k: None,
     }
     # The display is a singleton: attributes of the instance hide its methods until they are removed again.
-    for name, method in replaced.items():
-        setattr(display, name, method)
+    before = dict(vars(display))
+    vars(display).update(replaced)
     try:
         yield remarks
     finally:
         for name in replaced:
-            delattr(display, name)
+            if name in before:
+                vars(display)[name] = before[name]
+            else:
+                del vars(display)[name]
 
 
-def _origin(*values: Any) -> tuple[str, int | None]:
-    """File and line of the first value that knows them; ``("", None)`` otherwise.
+def _origin(value: Any) -> tuple[str, int | None]:
+    """File and line that a value was written in; ``("", None)`` if it does not know.
 
     ansible-core 2.19 tags values with their origin in an internal module; without it, messages lose the line.
     """
@@ -89,11 +92,10 @@ def _origin(*values: Any) -> tuple[str, int | None]:
         from ansible._internal._datatag._tags import Origin
     except ImportError:
         return "", None
-    for value in values:
-        origin = Origin.get_tag(value)
-        if origin is not None and (origin.path or origin.description):
-            return origin.path or origin.description or "", origin.line_num or None
-    return "", None
+    origin = Origin.get_tag(value)
+    if origin is None:
+        return "", None
+    return origin.path or origin.description or "", origin.line_num or None
 
 
 def _is_vaulted(value: Any) -> bool:
@@ -146,14 +148,20 @@ def _has_template(value: Any) -> bool:
 
 
 class Loader:
+    """Loads one inventory.
+
+    Args:
+        paths: its sources.
+        vault: where vault passwords come from.
+    """
+
     def __init__(self, paths: tuple[Path, ...], vault: VaultOptions) -> None:
         self._paths = paths
         self._vault = vault
 
     def load(self, extra_vars: Sequence[str]) -> Inventory:
+        """Read the sources and the values of ``-e``; raises ConfigErrors, as `inventory.load`."""
         _prepare_ansible()
-        from ansible.errors import AnsibleError
-        from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
         from ansible.vars.manager import VariableManager
 
@@ -161,15 +169,45 @@ class Loader:
         self._open_vault(loader)
         with _listening() as remarks:
             extra = self._extra_vars(loader, extra_vars)
-            try:
-                manager = InventoryManager(loader, sources=[str(path.absolute()) for path in self._paths])
-            except (AnsibleError, RecursionError, ValueError, TypeError, OSError) as error:
-                raise ConfigErrors([self._explain(error)]) from error
-        parsed_nothing = [text for text in remarks.warnings if text.startswith("Unable to parse ")]
-        if parsed_nothing:
+            manager = self._parse(loader)
+            variables = VariableManager(loader=loader, inventory=manager)
+        variables._extra_vars = extra
+        self._refuse(manager, remarks)
+        views = _Views(loader, manager, variables, extra, self)
+        remarked = [text for text in remarks.warnings if not text.startswith("Found variable using reserved")]
+        return Inventory(
+            paths=self._paths,
+            groups={
+                str(name): Group(
+                    hosts=tuple(str(host.name) for host in group.hosts),
+                    children=tuple(str(child.name) for child in group.child_groups),
+                )
+                for name, group in manager.groups.items()
+                if name not in ("all", "ungrouped")
+            },
+            hosts=tuple(str(name) for name in manager.hosts),
+            warnings=tuple(dict.fromkeys([*remarked, *self._unread_files(manager)])),
+            _names=views.names,
+            _resolve=views.resolve,
+            _select=views.select,
+        )
+
+    def _parse(self, loader: Any) -> Any:
+        from ansible.errors import AnsibleError
+        from ansible.inventory.manager import InventoryManager
+
+        try:
+            return InventoryManager(loader, sources=[str(path.absolute()) for path in self._paths])
+        except (AnsibleError, RecursionError, ValueError, TypeError, OSError) as error:
+            raise ConfigErrors([self._explain(error)]) from error
+
+    def _refuse(self, manager: Any, remarks: _Remarks) -> None:
+        """Refuse what Ansible only warns of and then leaves out."""
+        unparsed = [text for text in remarks.warnings if text.startswith("Unable to parse ")]
+        if unparsed:
             raise ConfigErrors(
                 [self._explain(error) for error in self._relevant(remarks.failures)]
-                or [ConfigError(message=text, file=self._label) for text in parsed_nothing]
+                or [ConfigError(message=text, file=self._label) for text in unparsed]
             )
         dropped = [text for text in remarks.warnings if text.startswith("Skipping ")]
         if dropped:
@@ -189,37 +227,6 @@ class Loader:
                 expected="[dsv3_head] with one host",
                 remedy="Write one after inventory/example/prod.ini.",
             )
-        with _listening():
-            variables = VariableManager(loader=loader, inventory=manager)
-        variables._extra_vars = extra
-        views = _Views(loader, manager, variables, extra, self)
-        return Inventory(
-            paths=self._paths,
-            groups={
-                name: Group(
-                    hosts=tuple(host.name for host in group.hosts),
-                    children=tuple(child.name for child in group.child_groups),
-                )
-                for name, group in ((str(name), group) for name, group in manager.groups.items())
-                if name not in ("all", "ungrouped")
-            },
-            hosts=tuple(str(name) for name in manager.hosts),
-            warnings=tuple(
-                dict.fromkeys(
-                    [
-                        *(
-                            text
-                            for text in remarks.warnings
-                            if not text.startswith("Found variable using reserved")
-                        ),
-                        *self._unread_files(manager),
-                    ]
-                )
-            ),
-            _names=views.names,
-            _resolve=views.resolve,
-            _select=views.select,
-        )
 
     @property
     def _label(self) -> str:
@@ -245,9 +252,7 @@ class Loader:
                 continue
             try:
                 with _listening():
-                    secret = get_file_vault_secret(
-                        filename=str(path), vault_id=label or "default", loader=loader
-                    )
+                    secret = get_file_vault_secret(filename=str(path), vault_id=label or "default", loader=loader)
                     secret.load()
             except (AnsibleError, OSError) as error:
                 errors.append(
@@ -263,71 +268,57 @@ class Loader:
         if errors:
             raise ConfigErrors(errors)
         loader.set_vault_secrets(secrets)
-        # Values encrypted one by one are opened through this process-wide context, which Ansible's own command
-        # line sets once; here each load sets its own.
+        # Values encrypted one by one are opened through this process-wide context, which Ansible's own
+        # command line sets once; here each load sets its own.
         VaultSecretsContext._current = VaultSecretsContext(secrets)
 
     def _extra_vars(self, loader: Any, options: Sequence[str]) -> dict[str, Any]:
-        from ansible.errors import AnsibleError
-        from ansible.parsing.splitter import parse_kv
         from ansible.utils.vars import combine_vars
 
         merged: dict[str, Any] = {}
         errors: list[ConfigError] = []
         for option in options:
-            text = option.strip()
             try:
-                if text.startswith("@"):
-                    path = Path(text[1:]).expanduser()
-                    problems = inventory_text.check_file(path, variables=True)
-                    if problems:
-                        errors.extend(problems)
-                        continue
-                    data = (
-                        loader.load_from_file(str(path.absolute()), cache="none", trusted_as_template=True)
-                        or {}
-                    )
-                elif text.startswith(("{", "[")):
-                    data = loader.load(_tagged(text))
-                else:
-                    data = parse_kv(_tagged(text))
-                    if "_raw_params" in data or not data:
-                        errors.append(
-                            ConfigError(
-                                message=f"-e {text!r} is not a variable",
-                                key="-e",
-                                expected="key=value, JSON, or @FILE",
-                                remedy="Write -e key=value, or -e @FILE for a file.",
-                            )
-                        )
-                        continue
-            except (AnsibleError, ValueError, TypeError, OSError, RecursionError) as error:
-                errors.append(
-                    ConfigError(
-                        message=f"-e cannot be read: {_message(error)}",
-                        file=text[1:] if text.startswith("@") else "",
-                        key="-e",
-                        expected="key=value, JSON, or @FILE",
-                        remedy="Quote it for the shell, and check the syntax.",
-                    )
-                )
-                continue
-            if not isinstance(data, Mapping):
-                errors.append(
-                    ConfigError(
-                        message="-e has no names",
-                        file=text[1:] if text.startswith("@") else "",
-                        key="-e",
-                        found=type(_plain(data)).__name__,
-                        expected="a mapping of names to values",
-                        remedy="Write -e key=value, JSON with braces, or @FILE.",
-                    )
-                )
-                continue
-            merged = combine_vars(merged, data)
+                merged = combine_vars(merged, self._extra_option(loader, option.strip()))
+            except ConfigErrors as problem:
+                errors.extend(problem)
         if errors:
             raise ConfigErrors(errors)
         return merged
+
+    def _extra_option(self, loader: Any, text: str) -> Mapping[Any, Any]:
+        """The variables of one ``-e``, as ansible.utils.vars.load_extra_vars reads it."""
+        from ansible.errors import AnsibleError
+        from ansible.parsing.splitter import parse_kv
+
+        file = text[1:] if text.startswith("@") else ""
+        if file and (problems := inventory_text.check_file(Path(file).expanduser(), variables=True)):
+            raise ConfigErrors(problems)
+        try:
+            if file:
+                path = str(Path(file).expanduser().absolute())
+                data = loader.load_from_file(path, cache="none", trusted_as_template=True) or {}
+            elif text.startswith(("{", "[")):
+                data = loader.load(_tagged(text))
+            else:
+                data = parse_kv(_tagged(text))
+        except (AnsibleError, ValueError, TypeError, OSError, RecursionError) as error:
+            raise config_error(
+                f"-e cannot be read: {_message(error)}",
+                file=file,
+                key="-e",
+                expected="key=value, JSON, or @FILE",
+                remedy="Quote it for the shell, and check the syntax.",
+            ) from error
+        if not isinstance(data, Mapping) or "_raw_params" in data or not (data or file):
+            raise config_error(
+                f"-e {text!r} sets no variable",
+                file=file,
+                key="-e",
+                expected="key=value, JSON with names, or @FILE",
+                remedy="Write -e key=value, or -e @FILE for a file.",
+            )
+        return data
 
     def _relevant(self, failures: Sequence[BaseException]) -> Sequence[BaseException]:
         """Of the plugins that tried a file, the failure of the one meant for it.
@@ -381,9 +372,7 @@ class Loader:
 class _Views:
     """Variables of hosts, worked out once per host."""
 
-    def __init__(
-        self, loader: Any, manager: Any, variables: Any, extra: Mapping[str, Any], parent: Loader
-    ) -> None:
+    def __init__(self, loader: Any, manager: Any, variables: Any, extra: Mapping[str, Any], parent: Loader) -> None:
         self._loader = loader
         self._manager = manager
         self._variables = variables
@@ -447,7 +436,8 @@ class _Views:
         values = self._of(host)
         raw = values[name]
         file, line = _origin(raw)
-        # The line of the name tells more than that of a value further down; true, false and null have none at all.
+        # The line of the name tells more than that of a value further down; true, false and null have none at
+        # all.
         key_file, key_line = self._origins(host).get(name, ("", None))
         if key_file and (not file or file == key_file):
             file, line = key_file, key_line
@@ -515,9 +505,7 @@ class _Views:
             named: dict[str, tuple[str, int | None]] = {}
             with _listening():
                 for owner in (*sort_groups(entity.get_groups()), entity):
-                    files = get_vars_from_inventory_sources(
-                        self._loader, self._manager._sources, [owner], "task"
-                    )
+                    files = get_vars_from_inventory_sources(self._loader, self._manager._sources, [owner], "task")
                     for layer in (owner.vars, files):
                         named.update((str(key), _origin(key)) for key in layer)
             named.update((str(key), _origin(key)) for key in self._extra)

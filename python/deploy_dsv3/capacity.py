@@ -544,9 +544,7 @@ def _layout_problems(model: ModelShape, serving: Serving) -> list[str]:
     if layout.gpus % layout.dp:
         found.append(f"{layout.gpus} GPUs cannot be divided among dp={layout.dp} replicas.")
     elif model.num_attention_heads % layout.attention_tp:
-        found.append(
-            f"{model.num_attention_heads} attention heads cannot be split over {layout.attention_tp} GPUs."
-        )
+        found.append(f"{model.num_attention_heads} attention heads cannot be split over {layout.attention_tp} GPUs.")
     if model.n_routed_experts % layout.ep:
         found.append(f"{model.n_routed_experts} experts cannot be split over ep={layout.ep}.")
     found += _split_problems(model, layout)
@@ -556,9 +554,7 @@ def _layout_problems(model: ModelShape, serving: Serving) -> list[str]:
             "Use H100/H800/H200/H20 or later, or a BF16 conversion on enough GPUs."
         )
     if serving.fp8_cache and not model.sparse:
-        found.append(
-            "an FP8 cache exists for V3.2's sparse attention only. Leave out quant-policy for this model."
-        )
+        found.append("an FP8 cache exists for V3.2's sparse attention only. Leave out quant-policy for this model.")
     return found
 
 

@@ -154,15 +154,15 @@ def diagnose(text: str, *, connected: bool) -> Cause | None:
 
     Args:
         text: message, stderr and stdout of a failed connection or module.
-        connected: whether the host was reached. A module that failed for reasons of its own may quote words such as
-            "connection refused" (by a registry, say): of what keeps from a host, only sudo's words count then.
+        connected: whether the host was reached. A module that failed for reasons of its own may quote words
+            such as "connection refused" (by a registry, say): of what keeps from a host, only sudo's words
+            count then.
     """
     return next(
         (
             known
             for known in CAUSES
-            if (not connected or not known.unreachable or known.code.startswith("sudo-"))
-            and known.pattern.search(text)
+            if (not connected or not known.unreachable or known.code.startswith("sudo-")) and known.pattern.search(text)
         ),
         None,
     )

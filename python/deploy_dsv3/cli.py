@@ -135,9 +135,7 @@ def status(context: click.Context, /, *, canary: bool, **_: Any) -> None:
 
 @cli.command()
 @inventory_options
-@click.option(
-    "--schema", is_flag=True, help="Print the JSON Schema of a variables file instead, for editors."
-)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a variables file instead, for editors.")
 @click.pass_context
 def settings(context: click.Context, /, *, schema: bool, **_: Any) -> None:
     """List every setting: its value and where it comes from, default, type, and what it does.
@@ -190,7 +188,7 @@ def run(argv: Sequence[str]) -> int:
         return _fail(Interrupted(2), as_json=as_json)
     except click.UsageError as error:
         if as_json:
-            _print_json({"exit_code": 2, "error": {"message": error.format_message(), "remedy": ""}})
+            _print_json({"schema": 1, "exit_code": 2, "error": {"message": error.format_message(), "remedy": ""}})
         else:
             error.show()
         return 2
@@ -206,9 +204,7 @@ def run(argv: Sequence[str]) -> int:
 def _given(context: click.Context) -> bool:
     from click.core import ParameterSource
 
-    return any(
-        context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT) for name in context.params
-    )
+    return any(context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT) for name in context.params)
 
 
 def _finish(result: Result, context: click.Context) -> None:
@@ -221,7 +217,7 @@ def _finish(result: Result, context: click.Context) -> None:
 
 def _fail(error: DeployError, *, as_json: bool) -> int:
     if as_json:
-        _print_json({"exit_code": error.exit_code, "error": error.as_dict()})
+        _print_json({"schema": 1, "exit_code": error.exit_code, "error": error.as_dict()})
     else:
         click.echo(f"deploy-dsv3: {error}", err=True)
         if error.remedy:

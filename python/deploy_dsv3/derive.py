@@ -101,9 +101,7 @@ class NodePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data: lists, dictionaries, strings and numbers."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def derive(replica: Replica, hosts: Mapping[str, HostInput]) -> tuple[dict[str, NodePlan], list[Finding]]:
@@ -200,9 +198,7 @@ def _plan(
     role: Literal["head", "worker"] = "head" if known.host == replica.head else "worker"
     tp = settings["lmdeploy_tp"] or expected.gpus
     peers = tuple(
-        Peer(host=name, address=addresses[name])
-        for name in replica.hosts
-        if name != known.host and name in addresses
+        Peer(host=name, address=addresses[name]) for name in replica.hosts if name != known.host and name in addresses
     )
     return NodePlan(
         replica=replica.name,
@@ -245,9 +241,7 @@ def _plan(
             ReachTarget(
                 host=peer.host,
                 address=peer.address,
-                port=settings[
-                    "ray_cluster_port" if peer.host == replica.head else "ray_cluster_node_manager_port"
-                ],
+                port=settings["ray_cluster_port" if peer.host == replica.head else "ray_cluster_node_manager_port"],
                 source=socket.address,
             )
             for peer in peers
@@ -288,8 +282,7 @@ def _check_tp(host: str, settings: Mapping[str, Any], expected: Expected) -> lis
             code="tp-gpus",
             host=host,
             severity="error",
-            message=f"{host}: lmdeploy_tp is {tp}, the replica has {expected.gpus} GPUs on {expected.nodes} "
-            "hosts",
+            message=f"{host}: lmdeploy_tp is {tp}, the replica has {expected.gpus} GPUs on {expected.nodes} hosts",
             cause="the setting was made for other hosts, or a GPU is missing",
             remedy=f"set lmdeploy_tp to {expected.gpus}, or to 0 for all GPUs of the replica",
         )

@@ -186,9 +186,7 @@ class Interrupted(DeployError):
     """
 
     def __init__(self, signal_number: int, *, message: str = "stopped", remedy: str = "") -> None:
-        super().__init__(
-            message, remedy=remedy or "Run the same command again: it continues where this one stopped."
-        )
+        super().__init__(message, remedy=remedy or "Run the same command again: it continues where this one stopped.")
         self.signal_number = signal_number
 
     @property

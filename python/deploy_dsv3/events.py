@@ -7,6 +7,7 @@ the other hosts as well: those are echoes), the likely cause, the remedy, and th
 
 from __future__ import annotations
 
+import json
 import re
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,13 @@ from deploy_dsv3.findings import Finding
 #: Stages of a deployment in their order; `verify` runs after the playbook, in Python.
 STAGES = ("preflight", "host", "image", "weights", "container", "ray", "engine", "first-token", "verify")
 
+# That a group of the convention is not used by this inventory, and what Ansible does to every new host.
+_NOISE = (
+    "Could not match supplied host pattern",
+    "No inventory was parsed",
+    "provided hosts list is empty",
+    "Module remote_tmp ",
+)
 #: Key of a result that carries findings of ours (preflight's action plugin).
 FINDINGS_KEY = "dsv3_findings"
 #: Key of ``ansible.builtin.set_stats`` under which a playbook hands results to the report.
@@ -82,10 +90,11 @@ class HostSkipped(HostRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class HostRetried(HostRecord):
-    """A task with ``until`` is tried again."""
+    """A task with ``until`` is tried again; `detail` is what it waits for, as far as the result tells."""
 
     attempt: int
     attempts: int
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +221,10 @@ class Translator:
             yield HostSkipped(**common)
         elif kind == "runner_retry":
             yield HostRetried(
-                **common, attempt=int(result.get("attempts", 0)), attempts=int(result.get("retries", 0))
+                **common,
+                attempt=int(result.get("attempts", 0)),
+                attempts=int(result.get("retries", 0)),
+                detail=wait_detail(result),
             )
         elif kind in ("runner_on_failed", "runner_on_async_failed"):
             yield HostFailed(
@@ -256,11 +268,30 @@ class Translator:
         return _by_signature(failure)
 
 
+def wait_detail(result: Mapping[str, Any]) -> str:
+    """What a task that is tried again waits for, in a few words; empty if its result does not say.
+
+    Understands a module's ``progress``, and what the launcher prints: its status and Ray's nodes.
+    """
+    if isinstance(result.get("progress"), str):
+        return str(result["progress"])
+    try:
+        seen = json.loads(str(result.get("stdout", "")))
+    except ValueError:
+        return ""
+    if isinstance(seen, Mapping) and isinstance(seen.get("phase"), str):
+        return ": ".join(filter(None, (seen["phase"], str(seen.get("message") or ""))))
+    if isinstance(seen, list) and all(isinstance(node, Mapping) and "gpus" in node for node in seen):
+        alive = [node for node in seen if node.get("alive")]
+        return f"{len(alive)} nodes with {sum(int(node['gpus']) for node in alive)} GPUs so far"
+    return ""
+
+
 def told(message: str) -> tuple[str, str, str]:
     """Found, cause and remedy of a message of ours.
 
-    Roles and plugins write "FOUND. Likely cause: CAUSE. Remedy: REMEDY" (or the remedy without its word), so that
-    plain ansible-playbook tells all of it. A message of another shape is all found.
+    Roles and plugins write "FOUND. Likely cause: CAUSE. Remedy: REMEDY" (or the remedy without its word), so
+    that plain ansible-playbook tells all of it. A message of another shape is all found.
     """
     found, marker, rest = message.partition("Likely cause:")
     if not marker:
@@ -290,9 +321,7 @@ def failure_message(result: Mapping[str, Any]) -> str:
     parts: list[str] = []
     items = [item for item in result.get("results") or [] if isinstance(item, Mapping) and item.get("failed")]
     message = _text(result.get("msg"))
-    if items and (
-        not message or message.startswith("One or more items failed") or message == "All items completed"
-    ):
+    if items and (not message or message.startswith("One or more items failed") or message == "All items completed"):
         for item in items:
             label = item.get("_ansible_item_label", item.get("item", ""))
             parts.append(f"{_text(label)}: {failure_message(item)}" if label else failure_message(item))
@@ -300,9 +329,7 @@ def failure_message(result: Mapping[str, Any]) -> str:
     if message:
         parts.append(message)
     # "MODULE FAILURE", "non-zero return code": the words that matter are elsewhere.
-    if not message or re.match(
-        r"(MODULE FAILURE|non-zero return code|Module result deserialization failed)", message
-    ):
+    if not message or re.match(r"(MODULE FAILURE|non-zero return code|Module result deserialization failed)", message):
         for key in ("stderr", "module_stderr", "stdout", "module_stdout"):
             text = _text(result.get(key))
             if text:
@@ -349,7 +376,7 @@ class Outcome:
             case HostOk():
                 self._note(record.findings)
             case Warned():
-                if record.message not in self.warnings:
+                if record.message not in self.warnings and not self._is_finding(record.message):
                     self.warnings.append(record.message)
             case Finished():
                 self._switch("", record.time)
@@ -385,6 +412,11 @@ class Outcome:
 
     def _note(self, findings: Sequence[Finding]) -> None:
         self.findings.extend(finding for finding in findings if finding not in self.findings)
+        self.warnings = [warning for warning in self.warnings if not self._is_finding(warning)]
+
+    def _is_finding(self, warning: str) -> bool:
+        """Whether a warning of Ansible's repeats a finding, which plain ansible-playbook shows no other way."""
+        return any(" ".join(finding.message.split()) in warning for finding in self.findings)
 
     def _settle(self) -> None:
         """Keep the failures of hosts that the recap calls failed; those may have failed once rescued."""
@@ -447,10 +479,7 @@ def _finished(time: float, data: Mapping[str, Any]) -> Finished:
     report = artifacts.get(REPORT_KEY) if isinstance(artifacts, Mapping) else None
     return Finished(
         time=time,
-        hosts={
-            host: HostStats(**{name: count(column, host) for name, column in columns.items()})
-            for host in hosts
-        },
+        hosts={host: HostStats(**{name: count(column, host) for name, column in columns.items()}) for host in hosts},
         report=report if isinstance(report, Mapping) else {},
     )
 
@@ -458,10 +487,7 @@ def _finished(time: float, data: Mapping[str, Any]) -> Finished:
 def _warning(stdout: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", stdout).strip()
     text = " ".join(text.removeprefix("[WARNING]:").split())
-    # Both say only that a group of the convention is not used by this inventory.
-    if text.startswith(
-        ("Could not match supplied host pattern", "No inventory was parsed", "provided hosts list")
-    ):
+    if text.startswith(_NOISE):
         return ""
     return text
 

@@ -48,9 +48,7 @@ class User(Section):
 class Connection(Section):
     """How the controller reached the host."""
 
-    server_address: str = Field(
-        "", description="Address of the host that SSH came in on, empty for other connections"
-    )
+    server_address: str = Field("", description="Address of the host that SSH came in on, empty for other connections")
 
 
 class Memory(Section):
@@ -95,9 +93,7 @@ class Interface(Section):
 class Route(Section):
     """One route of the main table."""
 
-    destination: str = Field(
-        description="Network in CIDR notation; the default route is `0.0.0.0/0` or `::/0`"
-    )
+    destination: str = Field(description="Network in CIDR notation; the default route is `0.0.0.0/0` or `::/0`")
     interface: str = Field("", description="Outgoing interface")
     source: str = Field("", description="Preferred source address, if the route names one")
     gateway: str = Field("", description="Next hop, empty on a connected network")
@@ -206,9 +202,7 @@ class Docker(Section):
     running: bool = Field(False, description="Whether it answers on its socket")
     root_dir: str = Field("", description="Data directory in use")
     error: str = Field("", description="What asking it ended with, empty when it went well")
-    daemon_json: dict[str, Any] | None = Field(
-        None, description="Content of daemon.json, null without the file"
-    )
+    daemon_json: dict[str, Any] | None = Field(None, description="Content of daemon.json, null without the file")
     daemon_json_error: str = Field("", description="Why daemon.json could not be read")
     containers: tuple[Container, ...] = Field((), description="All containers")
 
@@ -252,9 +246,7 @@ class HostFacts(Section):
     hostname: str = Field("", description="Host's own name")
     machine_id: str = Field("", description="/etc/machine-id")
     boot_id: str = Field("", description="Kernel's boot ID")
-    errors: dict[str, str] = Field(
-        default_factory=dict, description="Why a section could not be read, by section"
-    )
+    errors: dict[str, str] = Field(default_factory=dict, description="Why a section could not be read, by section")
     os: OperatingSystem = Field(default_factory=OperatingSystem, description="Operating system")
     user: User = Field(default_factory=User, description="User of the probe")
     connection: Connection = Field(default_factory=Connection, description="Connection")

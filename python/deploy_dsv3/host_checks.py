@@ -57,9 +57,7 @@ _PORTS_ON_HEAD = (
 )
 
 
-def check_host(
-    host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool
-) -> Iterator[Finding]:
+def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
     """Yield what is wrong with one host; `is_head` decides which ports it needs."""
     yield from unread_sections(host, facts)
     yield from _check_os(host, facts, settings)
@@ -84,8 +82,7 @@ def _check_os(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Itera
             code="os",
             host=host,
             severity="warning" if prepared else "error",
-            message=f"{host}: operating system {system.id or 'unknown'} {system.version_id}; supported: "
-            f"{supported}",
+            message=f"{host}: operating system {system.id or 'unknown'} {system.version_id}; supported: {supported}",
             cause="no packages of driver, Docker and container toolkit are known for it",
             remedy="install a supported system, or install all three and set their sources to preinstalled",
         )
@@ -255,8 +252,7 @@ def _check_driver(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             severity="error",
             message=f"{host}: Secure Boot is on, and the vendor's driver is built on the host",
             cause="its modules are not signed, and enrolling a key needs the console at boot",
-            remedy="switch Secure Boot off, or use signed modules: nvidia_driver_source=distribution on "
-            "Ubuntu",
+            remedy="switch Secure Boot off, or use signed modules: nvidia_driver_source=distribution on Ubuntu",
         )
     if not prepared:
         return
@@ -275,8 +271,7 @@ def _check_driver(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             code="driver-old",
             host=host,
             severity="error",
-            message=f"{host}: driver {version}, {settings['engine_image_name']} needs branch {required} or "
-            "newer",
+            message=f"{host}: driver {version}, {settings['engine_image_name']} needs branch {required} or newer",
             cause="the CUDA in the image does not run on an older driver",
             remedy=f"install driver branch {required} or newer, or choose an image of an older CUDA",
         )
@@ -332,8 +327,7 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             code="docker-data",
             host=host,
             severity="warning",
-            message=f"{host}: Docker keeps its data in {docker.root_dir}, docker_engine_data_path is "
-            f"{wanted}",
+            message=f"{host}: Docker keeps its data in {docker.root_dir}, docker_engine_data_path is {wanted}",
             cause="Docker was set up before",
             remedy=f"set docker_engine_data_path to {docker.root_dir}; "
             f"its {len(docker.containers)} containers are lost from view otherwise",
@@ -352,8 +346,7 @@ def _check_containers(host: str, facts: HostFacts, settings: Mapping[str, Any]) 
                     message=f"{host}: container {container.name!r} of an earlier deployment runs, "
                     f"engine_container_name is {name!r}",
                     cause="the name was changed while the engine was deployed",
-                    remedy=f"set engine_container_name to {container.name}, or destroy the earlier "
-                    "deployment first",
+                    remedy=f"set engine_container_name to {container.name}, or destroy the earlier deployment first",
                 )
         elif container.name == name:
             yield Finding(
@@ -370,16 +363,13 @@ def _check_containers(host: str, facts: HostFacts, settings: Mapping[str, Any]) 
                 code="engine-foreign",
                 host=host,
                 severity="error",
-                message=f"{host}: another engine runs: container {container.name!r} of image "
-                f"{container.image}",
+                message=f"{host}: another engine runs: container {container.name!r} of image {container.image}",
                 cause="it holds memory of the GPUs",
                 remedy=f"stop it (docker stop {container.name}), or take the host out of the inventory",
             )
 
 
-def _check_ports(
-    host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool
-) -> Iterator[Finding]:
+def _check_ports(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
     names = [*_PORTS_EVERYWHERE]
     if is_head:
         names += _PORTS_ON_HEAD
@@ -428,9 +418,7 @@ def _check_reach(host: str, facts: HostFacts) -> Iterator[Finding]:
                 code="unreachable-peer",
                 host=host,
                 severity="error",
-                message=f"{host}: cannot reach {reach.host} at {reach.address}, TCP port {reach.port}: "
-                f"{reach.error}",
+                message=f"{host}: cannot reach {reach.host} at {reach.address}, TCP port {reach.port}: {reach.error}",
                 cause="a firewall drops it, or the two node addresses are in separate networks",
-                remedy="open the network between the hosts, or set node_network_interface or "
-                "node_network_address",
+                remedy="open the network between the hosts, or set node_network_interface or node_network_address",
             )

@@ -45,7 +45,7 @@ class Variable:
     """
 
     name: str
-    value: Any
+    value: Any = field(repr=False)  # it may be a secret
     file: str = ""
     line: int | None = None
     source: SourceKind = "other"
@@ -298,9 +298,7 @@ def check_secret_file(path: Path, *, what: str) -> ConfigError | None:
             message=f"this {what} cannot be read: {error.strerror}", file=quoted, remedy="Check the path."
         )
     if path.is_dir():
-        return ConfigError(
-            message=f"this {what} is a directory", file=quoted, remedy="Give the file inside it."
-        )
+        return ConfigError(message=f"this {what} is a directory", file=quoted, remedy="Give the file inside it.")
     if inventory_text.is_script(path):
         return None
     if mode & 0o077:

@@ -45,15 +45,14 @@ def empty(path: Path) -> ConfigError:
 def check_yaml(path: Path, text: str, *, variables: bool) -> list[ConfigError]:
     """Syntax, repeated keys, more than one document, and aliases that blow up or contain themselves."""
     try:
-        node = yaml.compose(
-            text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader
-        )
+        node = yaml.compose(text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = error.problem or str(error)
         line = mark.line + 1 if mark else None
         lines = text.splitlines()
-        # The scanner names a tab where it trips over it; inside of an indentation it only sees a wrong column.
+        # The scanner names a tab where it trips over it; inside of an indentation it only sees a wrong
+        # column.
         if "'\\t'" in problem or (line and line <= len(lines) and re.match(r" *\t", lines[line - 1])):
             return [
                 ConfigError(

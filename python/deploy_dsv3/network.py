@@ -133,9 +133,7 @@ def socket_environment(socket: Socket) -> dict[str, str]:
 
 
 def _usable(address: IPAddress) -> bool:
-    return not (
-        address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified
-    )
+    return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
 
 
 def _addresses(interface: Interface) -> Iterable[tuple[IPAddress, IPNetwork]]:
@@ -148,13 +146,9 @@ def _addresses(interface: Interface) -> Iterable[tuple[IPAddress, IPNetwork]]:
 def _candidates(facts: HostFacts) -> list[_Candidate]:
     defaults = default_interfaces(facts)
     found = [
-        _Candidate(
-            address=address, network=network, interface=interface, default_route=interface.name in defaults
-        )
+        _Candidate(address=address, network=network, interface=interface, default_route=interface.name in defaults)
         for interface in facts.network.interfaces
-        if interface.kind != "loopback"
-        and interface.operstate != "down"
-        and not _LOCAL_ONLY.match(interface.name)
+        if interface.kind != "loopback" and interface.operstate != "down" and not _LOCAL_ONLY.match(interface.name)
         for address, network in _addresses(interface)
     ]
     return sorted(found, key=lambda candidate: candidate.rank)
@@ -190,13 +184,9 @@ def _override(view: HostView) -> _Candidate | Finding:
     named = view.interface
     if named and named not in {interface.name for interface in view.facts.network.interfaces}:
         names = ", ".join(i.name for i in view.facts.network.interfaces if i.kind != "loopback")
-        return refuse(
-            "interface-missing", f"and the host has no interface {named}", f"name one of: {names or 'none'}"
-        )
+        return refuse("interface-missing", f"and the host has no interface {named}", f"name one of: {names or 'none'}")
     fitting = [
-        c
-        for c in present
-        if (not view.address or c.address == wanted) and (not named or c.interface.name == named)
+        c for c in present if (not view.address or c.address == wanted) and (not named or c.interface.name == named)
     ]
     if fitting:
         return min(fitting, key=lambda candidate: candidate.address.version)
@@ -294,8 +284,7 @@ def _no_address(view: HostView) -> Finding:
         code="address-none",
         host=view.host,
         severity="error",
-        message=f"{view.host}: no address toward the other hosts of the replica; it has "
-        f"{_list_addresses(view.facts)}",
+        message=f"{view.host}: no address toward the other hosts of the replica; it has {_list_addresses(view.facts)}",
         cause="only loopback, link-local or virtual interfaces are up, or no route leads to the other hosts",
         remedy="configure the host's network, or set node_network_address for this host",
     )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deploy_dsv3 import content, observer
+from deploy_dsv3 import causes, content, observer
 
 if TYPE_CHECKING:
     from deploy_dsv3.inventory import Inventory
@@ -180,7 +180,7 @@ def _look_with_testinfra(runner: Any, host: str, line: str) -> Observation:
     try:
         done = runner.get_host(host).run(line.replace("%", "%%"))
     except RuntimeError as error:  # its argument is the result of an ssh that could not connect
-        return Observation(host=host, error=_last_line(getattr(error.args[0], "stderr", str(error))))
+        return _not_reached(host, getattr(error.args[0], "stderr", str(error)), connected=False)
     return _observation(host, done.rc, done.stdout, done.stderr)
 
 
@@ -191,9 +191,7 @@ def _testinfra_runner(inventory: Path, variables: Mapping[str, Mapping[str, Any]
     # It would start ansible-inventory to learn what is known here already.
     runner.inventory = {
         # The command itself uses `sudo -n` where needed; testinfra would for root as well.
-        "_meta": {
-            "hostvars": {host: {**found, "ansible_become": False} for host, found in variables.items()}
-        },
+        "_meta": {"hostvars": {host: {**found, "ansible_become": False} for host, found in variables.items()}},
         "all": {"hosts": list(variables), "children": []},
     }
     runner.ansible_config = _with_ssh_options(get_ansible_config())
@@ -240,31 +238,32 @@ def _look_with_ansible(inventory: Path, commands: Mapping[str, str]) -> dict[str
     try:
         results = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
     except (ValueError, LookupError):
-        why = (
-            _last_line(done.stderr) or _last_line(done.stdout) or f"ansible ended with exit {done.returncode}"
-        )
+        why = _last_line(done.stderr) or _last_line(done.stdout) or f"ansible ended with exit {done.returncode}"
         return {host: Observation(host=host, error=why) for host in commands}
     return {host: _ansible_observation(host, results.get(host, {})) for host in commands}
 
 
 def _ansible_observation(host: str, result: Mapping[str, Any]) -> Observation:
     if result.get("unreachable") or "rc" not in result:
-        return Observation(
-            host=host, error=_last_line(str(result.get("msg", ""))) or "Ansible gave no answer"
-        )
-    return _observation(
-        host, result["rc"], result.get("stdout", ""), result.get("stderr", "") or result.get("msg", "")
-    )
+        return _not_reached(host, str(result.get("msg", "")) or "Ansible gave no answer", connected=False)
+    return _observation(host, result["rc"], result.get("stdout", ""), result.get("stderr", "") or result.get("msg", ""))
 
 
 def _observation(host: str, rc: int, stdout: str, stderr: str) -> Observation:
     if rc != 0:
-        return Observation(host=host, error=_last_line(stderr) or f"the observer ended with exit {rc}")
+        return _not_reached(host, stderr or f"the observer ended with exit {rc}", connected=True)
     try:
         # A login banner may come before it.
         return Observation(host=host, seen=json.loads(stdout.strip().splitlines()[-1]))
     except (ValueError, IndexError):
         return Observation(host=host, error=f"the observer printed no JSON: {_last_line(stdout)!r}")
+
+
+def _not_reached(host: str, text: str, *, connected: bool) -> Observation:
+    """What ssh, sudo or Ansible said, and what it means where that is known."""
+    known = causes.diagnose(text, connected=connected)
+    meaning = f": {known.cause}. {known.remedy.replace('HOST', host)}" if known else ""
+    return Observation(host=host, error=_last_line(text).rstrip(".") + meaning)
 
 
 def _last_line(text: str) -> str:

@@ -90,22 +90,14 @@ _INVENTORY = (
     ),
     click.option("--ask-vault-pass", "-J", is_flag=True, help="Ask for the password of vaulted values."),
     click.option("--ask-become-pass", "-K", is_flag=True, help="Ask for the sudo password of the hosts."),
-    click.option(
-        "--become-password-file", metavar="FILE", help="File with the sudo password, readable only by you."
-    ),
-    click.option(
-        "--json", is_flag=True, help="One JSON document on standard output, and nothing else there."
-    ),
-    click.option(
-        "--verbose", "-v", count=True, help="More of Ansible's output in the run's log (-vvv: most)."
-    ),
+    click.option("--become-password-file", metavar="FILE", help="File with the sudo password, readable only by you."),
+    click.option("--json", is_flag=True, help="One JSON document on standard output, and nothing else there."),
+    click.option("--verbose", "-v", count=True, help="More of Ansible's output in the run's log (-vvv: most)."),
 )
 
 _RUN = (
     click.option("--check", "-C", is_flag=True, help="Only say what would change; change nothing."),
-    click.option(
-        "--diff", "-D", is_flag=True, help="Keep the differences of changed files in the run's log."
-    ),
+    click.option("--diff", "-D", is_flag=True, help="Keep the differences of changed files in the run's log."),
     click.option("--tags", "-t", metavar="STAGES", help="Only these stages or tags, separated by commas."),
     click.option("--skip-tags", metavar="STAGES", help="All but these stages or tags."),
     click.option("--yes", "-y", is_flag=True, help="Do not ask before doing it."),

@@ -32,10 +32,7 @@ def check(replicas: Sequence[Replica], hosts: Mapping[str, HostInput]) -> dict[s
         findings += _check_gpus_equal(members)
         findings += _check_drivers_equal(members)
     everyone = {
-        name: facts
-        for replica in replicas
-        for name in replica.hosts
-        if (facts := hosts[name].facts) is not None
+        name: facts for replica in replicas for name in replica.hosts if (facts := hosts[name].facts) is not None
     }
     limits = {name: float(hosts[name].settings["preflight_max_clock_skew_s"]) for name in everyone}
     findings += _check_clocks(everyone, limits)
@@ -43,9 +40,7 @@ def check(replicas: Sequence[Replica], hosts: Mapping[str, HostInput]) -> dict[s
     by_host: dict[str, list[Finding]] = {name: [] for replica in replicas for name in replica.hosts}
     for finding in findings:
         by_host[finding.host].append(finding)
-    return {
-        name: sorted(found, key=lambda f: (f.severity != "error", f.code)) for name, found in by_host.items()
-    }
+    return {name: sorted(found, key=lambda f: (f.severity != "error", f.code)) for name, found in by_host.items()}
 
 
 def _usual(values: Iterable[Any]) -> Any:
@@ -78,9 +73,7 @@ def _check_gpus_equal(members: Sequence[tuple[HostInput, HostFacts]]) -> Iterato
         if max(memories[host]) > 1.02 * min(usual) or min(memories[host]) < 0.98 * max(usual)
     }
     for host, text in far.items():
-        yield _unequal_finding(
-            "gpu-memory", host, f"GPU memory {text}", _others(listed, host), "mixed models"
-        )
+        yield _unequal_finding("gpu-memory", host, f"GPU memory {text}", _others(listed, host), "mixed models")
 
 
 def _gpu_models(facts: HostFacts) -> tuple[bool, str]:
@@ -120,9 +113,7 @@ def _check_drivers_equal(members: Sequence[tuple[HostInput, HostFacts]]) -> Iter
         for known, facts in members
         if known.settings["nvidia_driver_source"] == "preinstalled" and facts.driver.loaded_version
     }
-    yield from _unequal(
-        "driver-differs", versions, "driver {value}", "the hosts were set up at different times"
-    )
+    yield from _unequal("driver-differs", versions, "driver {value}", "the hosts were set up at different times")
 
 
 def _check_clocks(facts: Mapping[str, HostFacts], limits: Mapping[str, float]) -> Iterator[Finding]:
@@ -168,8 +159,7 @@ def _check_machines(facts: Mapping[str, HostFacts]) -> Iterator[Finding]:
                 code="same-machine",
                 host=host,
                 severity="error",
-                message=f"{host} and {other} are the same machine ({known.hostname}, machine ID "
-                f"{known.machine_id})",
+                message=f"{host} and {other} are the same machine ({known.hostname}, machine ID {known.machine_id})",
                 cause="it is in the inventory under two names",
                 remedy=f"remove {host} or {other} from the inventory",
             )

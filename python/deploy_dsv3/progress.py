@@ -33,6 +33,9 @@ from deploy_dsv3.events import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: How often a host that waits says so in plain lines [seconds].
+WAIT_LINE_S = 30.0
+
 
 class Progress(AbstractContextManager["Progress"], Protocol):
     """Shows the records of a run as they come."""
@@ -70,6 +73,7 @@ class PlainProgress:
         self._stage = ""
         self._since = self._started
         self._hosts: dict[str, dict[str, int]] = {}
+        self._waits: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +98,12 @@ class PlainProgress:
             case HostSkipped():
                 self._count(record.host, "skipped")
             case HostRetried():
-                # The first wait is news, the others only now and then.
-                if record.attempt in (1, 5) or record.attempt % 20 == 0:
-                    tries = f"{record.attempt}/{record.attempts}"
-                    self._line(record.time, f"{self._stage}: {record.host}: waiting: {record.task} ({tries})")
+                # The first wait is news, the others are signs of life.
+                if record.attempt == 1 or record.time - self._waits.get(record.host, 0.0) >= WAIT_LINE_S:
+                    self._waits[record.host] = record.time
+                    what = f"{record.task} ({record.attempt}/{record.attempts})"
+                    detail = f": {record.detail}" if record.detail else ""
+                    self._line(record.time, f"{self._stage}: {record.host}: waiting: {what}{detail}")
             case HostFailed(ignored=False) | HostUnreachable():
                 word = "unreachable" if record.failure.unreachable else "FAILED"
                 self._line(record.time, f"{self._stage}: {record.host}: {word}: {record.task}")
@@ -128,6 +134,7 @@ class PlainProgress:
 class _Row:
     state: str = "waiting"
     task: str = ""
+    detail: str = ""
     since: float = 0.0
     changed: int = 0
     ok: int = 0
@@ -150,9 +157,7 @@ class TerminalProgress:
         self._stage = ""
         self._title = ""
         self._since = clock.time()
-        self._live = Live(
-            console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True
-        )
+        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -183,7 +188,7 @@ class TerminalProgress:
             case HostStarted():
                 self._set(record, "running")
             case HostRetried():
-                self._set(record, f"waiting {record.attempt}/{record.attempts}")
+                self._set(record, f"waiting {record.attempt}/{record.attempts}").detail = record.detail
             case HostChanged():
                 self._set(record, "changed").changed += 1
             case HostOk():
@@ -202,7 +207,7 @@ class TerminalProgress:
     def _set(self, record: HostRecord, state: str) -> _Row:
         row = self._rows.setdefault(record.host, _Row())
         if row.task != record.task:
-            row.since = record.time
+            row.since, row.detail = record.time, ""
         row.state, row.task = state, record.task
         return row
 
@@ -213,11 +218,7 @@ class TerminalProgress:
         changed = sum(row.changed for row in self._rows.values())
         mark, style = ("✗", "red") if failed else ("✓", "green")
         detail = (
-            f"failed on {', '.join(failed)}"
-            if failed
-            else f"{changed} changed"
-            if changed
-            else "nothing to change"
+            f"failed on {', '.join(failed)}" if failed else f"{changed} changed" if changed else "nothing to change"
         )
         self._console.print(
             f"[{style}]{mark}[/] {self._stage:<12} {duration(time - self._since):>7}  [dim]{detail}[/]",
@@ -246,7 +247,7 @@ class TerminalProgress:
                 host,
                 Text(row.state, style=styles.get(row.state, "dim")),
                 duration(now - row.since) if row.since else "",
-                row.task,
+                f"{row.task}: {row.detail}" if row.detail else row.task,
             )
         return table
 

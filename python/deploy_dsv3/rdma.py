@@ -99,9 +99,7 @@ def port_name(port: HcaPort) -> str:
     return f"{port.device}:{port.port}"
 
 
-def choose_gid_index(
-    view: RdmaView, ports: Sequence[HcaPort], peers: Sequence[HcaPort]
-) -> tuple[int, list[Finding]]:
+def choose_gid_index(view: RdmaView, ports: Sequence[HcaPort], peers: Sequence[HcaPort]) -> tuple[int, list[Finding]]:
     """Return the GID index that fits all RoCE ports of a host, -1 when they need different ones.
 
     NCCL takes one index for all HCAs of a process; since 2.21 its own choice (-1) looks for a RoCE v2 entry
@@ -124,10 +122,8 @@ def choose_gid_index(
                 host=view.host,
                 severity="error" if view.required else "warning",
                 message=f"{view.host}: {port_name(port)} has no RoCE v2 GID",
-                cause=f"its interface ({', '.join(port.netdevs) or 'none'}) has no IP address, or RoCE v2 is "
-                "off",
-                remedy="give the interface an address in the fabric's subnet, or leave the port out by "
-                "rdma_hcas",
+                cause=f"its interface ({', '.join(port.netdevs) or 'none'}) has no IP address, or RoCE v2 is off",
+                remedy="give the interface an address in the fabric's subnet, or leave the port out by rdma_hcas",
             )
         )
     values = set(indices.values())
@@ -142,8 +138,7 @@ def choose_gid_index(
                 severity="warning",
                 message=f"{view.host}: the RoCE v2 entry has different GID indices ({listed})",
                 cause="addresses were added in different order; NCCL_IB_GID_INDEX is one number for all HCAs",
-                remedy="nothing with NCCL 2.21 and newer, which looks for the entry itself; else set "
-                "rdma_gid_index",
+                remedy="nothing with NCCL 2.21 and newer, which looks for the entry itself; else set rdma_gid_index",
             )
         )
     return -1, findings
@@ -153,9 +148,7 @@ def _mapped(gid: Gid) -> ipaddress.IPv4Address | None:
     return ipaddress.IPv6Address(gid.gid).ipv4_mapped
 
 
-def _gid_rank(
-    gid: Gid, networks: Sequence[ipaddress.IPv4Network], peers: Sequence[ipaddress.IPv4Address]
-) -> int:
+def _gid_rank(gid: Gid, networks: Sequence[ipaddress.IPv4Network], peers: Sequence[ipaddress.IPv4Address]) -> int:
     """Return 0 for the entry of a subnet shared with the peers, up to 3 for a link-local one."""
     mapped = _mapped(gid)
     if mapped is None:
@@ -212,9 +205,7 @@ def _named_ports(view: RdmaView) -> tuple[list[HcaPort], list[Finding]]:
     for name in view.hcas:
         device, _, number = name.partition(":")
         named = [
-            port
-            for port in view.facts.infiniband.ports
-            if port.device == device and number in ("", str(port.port))
+            port for port in view.facts.infiniband.ports if port.device == device and number in ("", str(port.port))
         ]
         ports += [port for port in named if port.state == "ACTIVE"]
         inactive = [port for port in named if port.state != "ACTIVE"]
@@ -283,8 +274,7 @@ def _rails(view: RdmaView) -> tuple[list[HcaPort], list[Finding]]:
             code="rdma-rate",
             host=view.host,
             severity="warning",
-            message=f"{view.host}: {port_name(port)} runs at {port.rate_gbps:g} Gb/s, the other rails at "
-            f"{rate:g} Gb/s",
+            message=f"{view.host}: {port_name(port)} runs at {port.rate_gbps:g} Gb/s, the other rails at {rate:g} Gb/s",
             cause="a cable, transceiver or switch port that negotiated another rate",
             remedy="repair the link, or leave the port out by rdma_hcas",
         )
@@ -317,8 +307,7 @@ def _compare(views: Sequence[RdmaView], rails: Mapping[str, Sequence[HcaPort]]) 
                 severity="error",
                 message=f"{host}: InfiniBand and RoCE are mixed in one replica ({listed})",
                 cause="queue pairs cannot cross from one fabric to the other",
-                remedy="name ports of one fabric in rdma_hcas on every host, or put the hosts into different "
-                "replicas",
+                remedy="name ports of one fabric in rdma_hcas on every host, or put the hosts into different replicas",
             )
             for host in layers
         ]
@@ -332,9 +321,7 @@ def _compare(views: Sequence[RdmaView], rails: Mapping[str, Sequence[HcaPort]]) 
         fewer = bool(ports) and len(ports) < most
         down = _inactive_rails(view, ports)
         if down:
-            findings += [
-                _port_down(view, port, "error" if fewer else "warning", len(ports), most) for port in down
-            ]
+            findings += [_port_down(view, port, "error" if fewer else "warning", len(ports), most) for port in down]
         elif fewer:
             findings.append(
                 Finding(
@@ -343,8 +330,7 @@ def _compare(views: Sequence[RdmaView], rails: Mapping[str, Sequence[HcaPort]]) 
                     severity="warning",
                     message=f"{view.host}: {len(ports)} ACTIVE rails, another host of the replica has {most}",
                     cause="the hosts are not alike, or an HCA is missing",
-                    remedy="look for the missing HCA, or name the same number of ports on each host in "
-                    "rdma_hcas",
+                    remedy="look for the missing HCA, or name the same number of ports on each host in rdma_hcas",
                 )
             )
         if ports and rates[view.host] < top:
@@ -370,9 +356,7 @@ def _port_down(view: RdmaView, port: HcaPort, severity: Severity, found: int, mo
         severity=severity,
         message=f"{view.host}: {port_name(port)} is {port.state} ({port.phys_state or 'no physical state'})"
         + (f": {found} ACTIVE rails, another host has {most}" if severity == "error" else ""),
-        cause="no subnet manager answers"
-        if waiting
-        else "cable, transceiver or switch port, or an unused port",
+        cause="no subnet manager answers" if waiting else "cable, transceiver or switch port, or an unused port",
         remedy=("start a subnet manager on the fabric" if waiting else "repair the link")
         + ", or name the ports to use in rdma_hcas to go on without it",
     )

@@ -60,9 +60,7 @@ class Report:
                 }
                 for replica in self.deployment.replicas
             ],
-            "stages": [
-                {"name": name, "seconds": round(seconds, 1)} for name, seconds in outcome.stages.items()
-            ],
+            "stages": [{"name": name, "seconds": round(seconds, 1)} for name, seconds in outcome.stages.items()],
             "hosts": {host: asdict(stats) for host, stats in outcome.hosts.items()},
             "failures": [failure.as_dict() for failure in outcome.failures],
             "findings": [finding.to_json() for finding in outcome.findings],
@@ -152,9 +150,7 @@ def _render_failure(console: Any, failure: Failure) -> None:
 
 def _render_lines(console: Any, message: str, cause: str, remedy: str, *, host: str = "") -> None:
     lines = message.splitlines() or [""]
-    console.print(
-        f"    found:  {host + ': ' if host and host not in lines[0] else ''}{lines[0]}", markup=False
-    )
+    console.print(f"    found:  {host + ': ' if host and host not in lines[0] else ''}{lines[0]}", markup=False)
     for line in lines[1:]:
         console.print(f"            {line}", markup=False)
     if cause:
@@ -168,9 +164,7 @@ def _render_service(console: Any, report: Report, outcome: Outcome) -> None:
         served = _mapping(outcome.report.get(replica.name))
         if not served:
             continue
-        console.print(
-            f"[bold]{replica.name}[/] serves [bold]{served.get('model')}[/] at {served.get('endpoint')}"
-        )
+        console.print(f"[bold]{replica.name}[/] serves [bold]{served.get('model')}[/] at {served.get('endpoint')}")
         if completion := served.get("completion"):
             console.print(f"    a completion came back: {completion!r}", markup=False)
 

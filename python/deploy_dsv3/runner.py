@@ -161,9 +161,7 @@ class RunLog:
     def __init__(self, verb: str, hidden: Iterable[str] = ()) -> None:
         self.id = new_id(verb)
         self.directory = state_directory() / "runs" / self.id
-        self._hidden = sorted(
-            {text for text in hidden if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True
-        )
+        self._hidden = sorted({text for text in hidden if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True)
         self._errors: list[str] = []
         self._files: tuple[TextIO, TextIO] | None = None
 
@@ -243,9 +241,7 @@ def _arguments(job: Job, private: Path) -> list[str]:
     for item in passwords.vault_files:
         label, found, name = item.rpartition("@")
         absolute = Path(name).expanduser().absolute()
-        arguments += (
-            ["--vault-id", f"{label}@{absolute}"] if found else ["--vault-password-file", str(absolute)]
-        )
+        arguments += ["--vault-id", f"{label}@{absolute}"] if found else ["--vault-password-file", str(absolute)]
     if passwords.become:
         path = private / "become-password"
         write_private(path, passwords.become)

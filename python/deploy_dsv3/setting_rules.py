@@ -124,13 +124,7 @@ def problems(name: str, kind: str, value: Any, default: Any = None) -> list[Prob
         default: its default; a negative one means that as low as that is allowed.
     """
     found: list[Problem] = []
-    texts = (
-        [value]
-        if isinstance(value, str)
-        else [v for v in value if isinstance(v, str)]
-        if kind == "list"
-        else []
-    )
+    texts = [value] if isinstance(value, str) else [v for v in value if isinstance(v, str)] if kind == "list" else []
     for text in texts:
         if any(ord(character) < 32 or ord(character) == 127 for character in text):
             found.append(
@@ -289,9 +283,7 @@ def _pattern(names: str, pattern: str, expected: str, remedy: str = "", *, each:
     )
 
 
-def _check(
-    names: str, check: Callable[[Any], str], expected: str, remedy: str = "", *, each: bool = False
-) -> Rule:
+def _check(names: str, check: Callable[[Any], str], expected: str, remedy: str = "", *, each: bool = False) -> Rule:
     return Rule(names=re.compile(names), check=check, expected=expected, remedy=remedy, each=each)
 
 
@@ -358,16 +350,9 @@ def _url(value: Any) -> str:
         port_is_fine = parts.port is None or parts.port > 0
     except ValueError:
         return "is no URL"
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not port_is_fine
-        or re.search(r"\s", str(value))
-    ):
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine or re.search(r"\s", str(value)):
         return "is no http or https URL"
-    return (
-        "holds a user or password, which would be shown in logs" if parts.username or parts.password else ""
-    )
+    return "holds a user or password, which would be shown in logs" if parts.username or parts.password else ""
 
 
 def _image(value: Any) -> str:
@@ -480,9 +465,7 @@ RULES: tuple[Rule, ...] = (
         "the name of a network interface, at most 15 characters",
         "`ip link` on the host lists them.",
     ),
-    _check(
-        r".*_url", _url, "http://HOST/... or https://HOST/...", "Passwords belong into settings of their own."
-    ),
+    _check(r".*_url", _url, "http://HOST/... or https://HOST/...", "Passwords belong into settings of their own."),
     _check(r"docker_engine_registry_mirrors", _url, "http://HOST or https://HOST", each=True),
     _pattern(
         r"docker_engine_insecure_registries",
@@ -510,9 +493,7 @@ RULES: tuple[Rule, ...] = (
     ),
     _pattern(r"engine_container_name", r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", "letters, digits and _.-"),
     _pattern(r"engine_log_max_size", r"[1-9][0-9]*[kmg]", "a number with k, m or g, e.g. 100m"),
-    _pattern(
-        r"engine_ulimits", r"[a-z]+:-?[0-9]+(:-?[0-9]+)?", "name:soft:hard, e.g. memlock:-1:-1", each=True
-    ),
+    _pattern(r"engine_ulimits", r"[a-z]+:-?[0-9]+(:-?[0-9]+)?", "name:soft:hard, e.g. memlock:-1:-1", each=True),
     _pattern(
         r"engine_capabilities",
         r"(CAP_)?[A-Z][A-Z_]+",

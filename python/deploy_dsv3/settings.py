@@ -90,7 +90,7 @@ class Value:
     """A setting's value on one host, and where it was written; `file` is empty for the default."""
 
     setting: Setting
-    value: Any
+    value: Any = field(repr=False)  # it may be a secret
     file: str = ""
     line: int | None = None
     pending: bool = False
@@ -325,9 +325,7 @@ class _Checker:
             yield text if set(hosts) == set(self._hosts) else f"{', '.join(hosts)}: {text}"
 
     def _host(self, host: str) -> dict[str, Value]:
-        values = {
-            name: Value(setting=setting, value=setting.default) for name, setting in self._known.items()
-        }
+        values = {name: Value(setting=setting, value=setting.default) for name, setting in self._known.items()}
         for name in self._inventory.names(host):
             setting = self._known.get(name)
             if setting is not None and not setting.internal:
@@ -391,9 +389,7 @@ class _Checker:
                 )
         return replace(value, value=typed.value)
 
-    def _mistake(
-        self, variable: Variable, message: str, found: str, expected: str, remedy: str
-    ) -> ConfigError:
+    def _mistake(self, variable: Variable, message: str, found: str, expected: str, remedy: str) -> ConfigError:
         return ConfigError(
             message=f"{variable.name} {message}",
             file=variable.file,
@@ -406,9 +402,7 @@ class _Checker:
 
     def _located(self, problem: setting_rules.Problem, values: Mapping[str, Value]) -> ConfigError:
         """A problem of several settings, placed at the first of them that somebody wrote."""
-        written = next(
-            (values[name] for name in problem.names if values[name].file), values[problem.names[0]]
-        )
+        written = next((values[name] for name in problem.names if values[name].file), values[problem.names[0]])
         return ConfigError(
             message=problem.message,
             file=written.file,
@@ -499,9 +493,7 @@ class _Checker:
         variable = self._inventory.variable(host, name)
         self._add(
             host,
-            ConfigError(
-                message=f"{name} {message}", file=variable.file, line=variable.line, key=name, remedy=remedy
-            ),
+            ConfigError(message=f"{name} {message}", file=variable.file, line=variable.line, key=name, remedy=remedy),
         )
 
 
@@ -524,11 +516,7 @@ def _typed(setting: Setting, variable: Variable) -> _Typed:
         case "int":
             if isinstance(value, int) and not isinstance(value, bool):
                 return _Typed(value=value)
-            if (
-                variable.source == "extra"
-                and isinstance(value, str)
-                and re.fullmatch(r"-?[0-9]{1,18}", value)
-            ):
+            if variable.source == "extra" and isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
                 return _Typed(value=int(value))
             return _Typed(value=value, problem="a whole number", remedy=_unquoted(value))
         case "float":

@@ -20,6 +20,10 @@ from deploy_dsv3.settings import Setting, Settings, Value, catalogue
 BEGIN = "<!-- settings:begin -->"
 END = "<!-- settings:end -->"
 _ORIGIN = "<!-- Written by `python -m deploy_dsv3.settings_text FILE` from the roles' argument_specs. -->"
+_COLUMNS = {
+    "": ("setting", "type", "default", "what it does"),
+    "zh-CN": ("设置项", "类型", "默认值", "作用"),
+}
 
 _JSON_TYPES = {
     "str": "string",
@@ -119,14 +123,14 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def markdown(known: Mapping[str, Setting] | None = None) -> str:
-    """One table for each role."""
+def markdown(known: Mapping[str, Setting] | None = None, *, columns: Sequence[str] = _COLUMNS[""]) -> str:
+    """One table for each role, with `columns` as its headings."""
     lines = []
     for role, group in groupby(public(known), key=lambda setting: setting.role):
         lines += [
             f"**{role}**",
             "",
-            "| setting | type | default | what it does |",
+            f"| {' | '.join(columns)} |",
             "| --- | --- | --- | --- |",
         ]
         for setting in group:
@@ -138,8 +142,13 @@ def markdown(known: Mapping[str, Setting] | None = None) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def insert(text: str, known: Mapping[str, Setting] | None = None) -> str:
+def insert(text: str, known: Mapping[str, Setting] | None = None, *, language: str = "") -> str:
     """A document with the tables between its markers.
+
+    Args:
+        text: the document.
+        known: the catalogue; by default that of the installed roles.
+        language: language of the headings; the descriptions are the roles' own.
 
     Raises:
         ValueError: the document does not have both markers, in order.
@@ -148,7 +157,7 @@ def insert(text: str, known: Mapping[str, Setting] | None = None) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the markers are missing:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n{_ORIGIN}\n\n{markdown(known)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{_ORIGIN}\n\n{markdown(known, columns=_COLUMNS[language])}\n{END}{after}"
 
 
 def json_schema(known: Mapping[str, Setting] | None = None) -> dict[str, Any]:
@@ -206,7 +215,9 @@ def main(argv: Sequence[str]) -> int:
             continue
         path = Path(name)
         text = path.read_text(encoding="utf-8")
-        fresh = insert(text)
+        # README.zh-CN.md is in the language that its name says.
+        language = path.stem.partition(".")[2]
+        fresh = insert(text, language=language if language in _COLUMNS else "")
         if fresh != text and check:
             print(f"{name} is out of date: python -m deploy_dsv3.settings_text {name}", file=sys.stderr)
             stale = 1

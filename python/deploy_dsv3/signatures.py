@@ -270,8 +270,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "Attempted to load weight … into parameter",
         ),
         cause="The weights on this host are incomplete, cut off, or not this model's.",
-        remedy="Fetch them again: the check of role model_weights names the files that are missing or too "
-        "short.",
+        remedy="Fetch them again: the check of role model_weights names the files that are missing or too short.",
     ),
     Signature(
         id="hub-offline",
@@ -382,8 +381,7 @@ SIGNATURES: tuple[Signature, ...] = (
         weight=Weight.HINT,
         phrases=("Started a local Ray instance",),
         cause="The engine found no Ray cluster and started one of its own, with this host's GPUs only.",
-        remedy="RAY_ADDRESS must be in the engine's environment: start it through the deployed container "
-        "only.",
+        remedy="RAY_ADDRESS must be in the engine's environment: start it through the deployed container only.",
     ),
     Signature(
         id="ray-node-lost",
@@ -394,8 +392,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "NodeDiedError",
         ),
         cause="A node left the Ray cluster.",
-        remedy="Look at that node's own log and power; the deployment starts again by itself when it is "
-        "back.",
+        remedy="Look at that node's own log and power; the deployment starts again by itself when it is back.",
     ),
     Signature(
         id="engine-worker-died",
@@ -411,8 +408,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "wait_tasks failed.",
         ),
         cause="A process of the engine ended, and others report it.",
-        remedy="The reason is in the log of the process that ended, often on another node: `deploy-dsv3 "
-        "logs`.",
+        remedy="The reason is in the log of the process that ended, often on another node: `deploy-dsv3 logs`.",
     ),
     # Network and RDMA
     Signature(
@@ -430,8 +426,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "ibv_modify_qp failed with … No such device",
             "Failed to modify QP to ",
         ),
-        cause="RDMA connections are not answered: on RoCE mostly a wrong GID, else a port that leads "
-        "nowhere.",
+        cause="RDMA connections are not answered: on RoCE mostly a wrong GID, else a port that leads nowhere.",
         remedy="Compare rdma_gid_index with the host's RoCE v2 GID of the service network (-1 derives it), "
         "and "
         "rdma_hcas with the ports that are cabled.",

@@ -325,9 +325,7 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
         table.add_column(column, no_wrap=True)
     for node in replica.nodes:
         if node.error:
-            table.add_row(
-                node.host, node.role, "", Text(f"not reached: {node.error}", style="red"), "", "", ""
-            )
+            table.add_row(node.host, node.role, "", Text(f"not reached: {node.error}", style="red"), "", "", "")
             continue
         fine = node.container == "running" and node.health in ("", "healthy", "starting")
         state = f"{node.container} ({node.health})" if node.health else node.container

@@ -93,8 +93,7 @@ class Deployment:
                     ConfigError(
                         message=f"--limit cuts replica {replica.name!r} in two",
                         key="--limit",
-                        found=f"without {', '.join(missing)}"
-                        + (" (the head)" if replica.head in missing else ""),
+                        found=f"without {', '.join(missing)}" + (" (the head)" if replica.head in missing else ""),
                         expected="all hosts of a replica, or none",
                         remedy=f"Limit to whole replicas, e.g. --limit {','.join(replica.hosts)}.",
                     )
@@ -172,9 +171,7 @@ def from_group_hosts(groups: Mapping[str, Sequence[str]]) -> Deployment:
     if names != [ROOT_GROUP]:
         for name in names:
             shaped[name] = Group(
-                children=tuple(
-                    child for child in (name + HEAD_SUFFIX, name + WORKERS_SUFFIX) if child in groups
-                )
+                children=tuple(child for child in (name + HEAD_SUFFIX, name + WORKERS_SUFFIX) if child in groups)
             )
         shaped[ROOT_GROUP] = Group(children=tuple(names))
     return build(shaped)
@@ -192,16 +189,12 @@ class _Builder:
         if self._errors:
             raise ConfigErrors(self._errors)
         return Deployment(
-            replicas=tuple(
-                Replica(name=name, head=heads[0], workers=workers) for name, heads, workers in replicas
-            )
+            replicas=tuple(Replica(name=name, head=heads[0], workers=workers) for name, heads, workers in replicas)
         )
 
     def _error(self, message: str, *, key: str, remedy: str, found: str = "", expected: str = "") -> None:
         self._errors.append(
-            ConfigError(
-                message=message, key=key, remedy=remedy, found=found, expected=expected, file=self._source
-            )
+            ConfigError(message=message, key=key, remedy=remedy, found=found, expected=expected, file=self._source)
         )
 
     def _replica_names(self) -> list[str]:
@@ -249,8 +242,7 @@ class _Builder:
             f"group {name!r} below '{ROOT_GROUP}' is neither a replica nor a role",
             key=name,
             found=f"no group {name}{HEAD_SUFFIX}",
-            expected=f"{' and '.join(options)}, or replica groups NAME with NAME{HEAD_SUFFIX} and "
-            f"NAME{WORKERS_SUFFIX}",
+            expected=f"{' and '.join(options)}, or replica groups NAME with NAME{HEAD_SUFFIX} and NAME{WORKERS_SUFFIX}",
             remedy=f"Did you mean {close[0]!r}?"
             if close
             else f"Take it out of [{ROOT_GROUP}:children], or give it {name}{HEAD_SUFFIX}.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,7 +47,7 @@ class Target:
     hosts: tuple[str, ...]
     settings: Settings
     warnings: tuple[str, ...] = ()
-    secrets: frozenset[str] = frozenset()
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def plain_settings(self) -> dict[str, dict[str, Any]]:
@@ -125,9 +125,7 @@ def deploy(options: Options) -> Result:
         DeployError: the run could not begin, or was stopped.
     """
     target = load(options, whole_replicas=True)
-    return _play(
-        "deploy", options, target, verify_after=_stage_is_wanted("verify", options) and not options.check
-    )
+    return _play("deploy", options, target, verify_after=_stage_is_wanted("verify", options) and not options.check)
 
 
 def verify(options: Options, *, junit: Path | None = None) -> Result:
@@ -144,9 +142,7 @@ def verify(options: Options, *, junit: Path | None = None) -> Result:
 
     target = load(options, whole_replicas=True)
     _note(f"verify: looking at {', '.join(target.hosts)}")
-    found = verification.verify(
-        target.deployment, target.plain_settings, target.connections(options), junit=junit
-    )
+    found = verification.verify(target.deployment, target.plain_settings, target.connections(options), junit=junit)
     return Result(
         exit_code=found.exit_code,
         document={**found.as_dict(), "verb": "verify", "warnings": list(target.warnings)},
@@ -167,9 +163,7 @@ def status(options: Options, *, canary: bool = False) -> Result:
     from deploy_dsv3 import status as status_module
 
     target = load(options, whole_replicas=True)
-    found = status_module.collect(
-        target.deployment, target.plain_settings, target.connections(options), canary=canary
-    )
+    found = status_module.collect(target.deployment, target.plain_settings, target.connections(options), canary=canary)
     return Result(
         exit_code=found.exit_code,
         document=found.as_dict(),
@@ -290,9 +284,7 @@ def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Call
         outcome.add(record)
         show(record)
 
-    tell(
-        StageStarted(time=time.time(), stage="verify", title="every host and the endpoint, as clients see it")
-    )
+    tell(StageStarted(time=time.time(), stage="verify", title="every host and the endpoint, as clients see it"))
     found = verification.verify(target.deployment, target.plain_settings, target.connections(options))
     for host in target.hosts:
         bad = [check for check in found.failures if check.host == host]

@@ -182,9 +182,7 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     try:
-        done = subprocess.run(
-            argv, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise InternalError(
             f"verification did not end within {TIMEOUT_S} s",

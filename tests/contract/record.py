@@ -16,9 +16,7 @@ from exchanges import RECORDED, load, read_metrics, read_routes, send
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True, help="a server without API keys")
     parser.add_argument("--keyed-url", required=True, help="one with --api-keys sk-sample")
     parser.add_argument("--lmdeploy", required=True, metavar="VERSION")
@@ -41,8 +39,7 @@ def main() -> None:
     target = RECORDED / f"lmdeploy-{arguments.lmdeploy}.json"
     target.write_text(json.dumps(recording, indent=1, ensure_ascii=False) + "\n")
     print(
-        f"{target}: {len(exchanges)} exchanges, {len(recording['routes'])} routes, "
-        f"{len(recording['metrics'])} metrics"
+        f"{target}: {len(exchanges)} exchanges, {len(recording['routes'])} routes, {len(recording['metrics'])} metrics"
     )
 
 

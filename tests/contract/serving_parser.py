@@ -30,12 +30,8 @@ def real_options() -> dict[str, Any]:
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
     python = ENVIRONMENT / "bin" / "python"
-    assert python.exists(), (
-        f"{ENVIRONMENT} is missing: `./dev test` makes it from requirements/lmdeploy-parser.lock"
-    )
-    done = subprocess.run(
-        [python, SCRIPT], input=json.dumps(question), capture_output=True, text=True, check=False
-    )
+    assert python.exists(), f"{ENVIRONMENT} is missing: `./dev test` makes it from requirements/lmdeploy-parser.lock"
+    done = subprocess.run([python, SCRIPT], input=json.dumps(question), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

@@ -68,7 +68,7 @@ def files() -> dict:
     while folders:
         for entry in os.scandir(folders.pop()):
             about = entry.stat(follow_symlinks=False)
-            if about.st_dev != device or entry.path.startswith(RESTLESS):
+            if about.st_dev != device or entry.path.startswith(RESTLESS) or is_ansibles(entry.path):
                 continue
             found[entry.path] = "{:o} {}:{} {}".format(
                 about.st_mode, about.st_uid, about.st_gid, content(entry.path, about)
@@ -76,6 +76,11 @@ def files() -> dict:
             if stat.S_ISDIR(about.st_mode):
                 folders.append(entry.path)
     return found
+
+
+def is_ansibles(path: str) -> bool:
+    """Whether it is Ansible's working folder, which it leaves behind empty."""
+    return path.endswith("/.ansible") and all(not files for _, _, files in os.walk(path))
 
 
 def content(path: str, about: os.stat_result) -> str:

@@ -151,8 +151,4 @@ def _message(call: pytest.CallInfo[None]) -> str:
     if call.excinfo.errisinstance(AssertionError):
         # pytest puts the comparison below the check's own words, which say it better.
         return str(call.excinfo.value).split("\nassert ")[0]
-    return (
-        str(call.excinfo.value)
-        if call.excinfo.errisinstance(pytest.skip.Exception)
-        else call.excinfo.exconly()
-    )
+    return str(call.excinfo.value) if call.excinfo.errisinstance(pytest.skip.Exception) else call.excinfo.exconly()

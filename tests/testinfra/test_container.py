@@ -16,9 +16,7 @@ def test_running(node: Node) -> None:
     name = node.settings["engine_container_name"]
     assert node.container, f"there is no container {name!r}"
     state = node.container["State"]
-    assert state["Running"], (
-        f"{name} is {state['Status']} (exit {state['ExitCode']}) {state['Error']}".strip()
-    )
+    assert state["Running"], f"{name} is {state['Status']} (exit {state['ExitCode']}) {state['Error']}".strip()
 
 
 def test_healthy(running: Node) -> None:
@@ -93,9 +91,7 @@ def test_devices(engine: Node, plan: NodePlan) -> None:
     """Every file of /dev/infiniband is a device of the container."""
     devices = {device["PathOnHost"] for device in engine.container["HostConfig"]["Devices"] or ()}
     wanted = {*plan.devices, *(device.split(":")[0] for device in engine.settings["engine_devices"])}
-    assert devices == wanted, (
-        f"missing: {sorted(wanted - devices)}, not there any more: {sorted(devices - wanted)}"
-    )
+    assert devices == wanted, f"missing: {sorted(wanted - devices)}, not there any more: {sorted(devices - wanted)}"
 
 
 def test_gpu_request(engine: Node) -> None:
@@ -116,9 +112,7 @@ def test_gpus_inside(running: Node, plan: NodePlan) -> None:
 def test_environment(engine: Node, plan: NodePlan) -> None:
     """NCCL, Gloo and Ray get the environment that fits this host."""
     found = engine.environment
-    differing = {
-        name: found.get(name) for name, value in plan.environment.items() if found.get(name) != value
-    }
+    differing = {name: found.get(name) for name, value in plan.environment.items() if found.get(name) != value}
     wanted = {name: plan.environment[name] for name in differing}
     assert not differing, f"the container has {differing}, it should have {wanted}: deploy again"
 
@@ -131,10 +125,7 @@ def test_no_proxy_variables(engine: Node) -> None:
 
 def test_ulimits(engine: Node) -> None:
     """The container has the limits that RDMA and Ray need."""
-    found = {
-        limit["Name"]: (limit["Soft"], limit["Hard"])
-        for limit in engine.container["HostConfig"]["Ulimits"] or ()
-    }
+    found = {limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in engine.container["HostConfig"]["Ulimits"] or ()}
     wanted = {}
     for limit in engine.settings["engine_ulimits"]:
         name, soft, *hard = limit.split(":")

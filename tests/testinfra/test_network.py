@@ -28,9 +28,7 @@ def test_engine_port(head: Node, facts: HostFacts) -> None:
     if head.settings["endpoint_mode"] == "direct":
         pytest.skip("endpoint_mode is direct: clients reach the engine itself")
     found = listeners(facts, head.settings["lmdeploy_server_port"])
-    assert found, (
-        f"nothing listens on port {head.settings['lmdeploy_server_port']}: the engine does not serve"
-    )
+    assert found, f"nothing listens on port {head.settings['lmdeploy_server_port']}: the engine does not serve"
     reachable = [listener for listener in found if not is_loopback(listener)]
     assert not reachable, f"{described(reachable)}: any client can administer the engine"
 
@@ -74,14 +72,10 @@ def test_known_ports(engine: Node, facts: HostFacts) -> None:
         if listener.container_id == engine.container["Id"] and not is_loopback(listener)
     }
     fixed = {
-        name: port
-        for name, port in settings.items()
-        if name.startswith("ray_cluster_") and name.endswith("_port")
+        name: port for name, port in settings.items() if name.startswith("ray_cluster_") and name.endswith("_port")
     }
     missing = [name for name in ALWAYS_OPEN if fixed[name] not in ours]
-    assert not missing, (
-        f"the engine does not listen on {', '.join(f'{name} {fixed[name]}' for name in missing)}"
-    )
+    assert not missing, f"the engine does not listen on {', '.join(f'{name} {fixed[name]}' for name in missing)}"
     first, last = engine.seen["local_ports"]
     known = {
         *fixed.values(),

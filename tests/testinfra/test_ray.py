@@ -16,9 +16,7 @@ def test_nodes(running: Node, plan: NodePlan) -> None:
     assert answer["rc"] == 0, f"launcher.py nodes: {answer['err'] or answer['out']}"
     alive = {node["address"]: int(node["gpus"]) for node in json.loads(answer["out"]) if node["alive"]}
     wanted = {plan.address, *(peer.address for peer in plan.peers)}
-    assert set(alive) == wanted, (
-        f"missing: {sorted(wanted - set(alive))}, strangers: {sorted(set(alive) - wanted)}"
-    )
+    assert set(alive) == wanted, f"missing: {sorted(wanted - set(alive))}, strangers: {sorted(set(alive) - wanted)}"
     gpus = sum(alive.values())
     assert gpus == plan.expected.gpus, f"Ray has {gpus} GPUs, the replica {plan.expected.gpus}: {alive}"
 
@@ -32,8 +30,7 @@ def test_ray_status(running: Node, plan: NodePlan) -> None:
     total = re.search(r"/(\d+(?:\.\d+)?) GPU", answer["out"])
     gpus = float(total[1]) if total else 0
     assert (nodes, gpus) == (plan.expected.nodes, plan.expected.gpus), (
-        f"{nodes} nodes and {gpus:g} GPUs, not {plan.expected.nodes} and {plan.expected.gpus}:\n"
-        f"{answer['out']}"
+        f"{nodes} nodes and {gpus:g} GPUs, not {plan.expected.nodes} and {plan.expected.gpus}:\n{answer['out']}"
     )
 
 
@@ -55,8 +52,6 @@ def test_authentication(engine: Node, fleet: Fleet) -> None:
         assert mode == "disabled", f"RAY_AUTH_MODE is {mode}, ray_cluster_authentication is {setting}"
         return
     assert mode == "token", f"RAY_AUTH_MODE is {mode}: whoever reaches Ray's ports runs programs on this host"
-    tokens = {
-        other.name: other.seen["files"].get(TOKEN, {}).get("sha256") for other in fleet.of(engine.replica)
-    }
+    tokens = {other.name: other.seen["files"].get(TOKEN, {}).get("sha256") for other in fleet.of(engine.replica)}
     assert tokens[engine.name], f"there is no {TOKEN}"
     assert len(set(tokens.values())) == 1, f"the hosts have different tokens: {sorted(tokens)}"

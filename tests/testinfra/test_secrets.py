@@ -21,9 +21,7 @@ def test_writable(node: Node) -> None:
     wrong = [
         f"{path} ({file['mode']}, owner {file['uid']})"
         for path, file in node.seen["files"].items()
-        if path.startswith(CONFIG)
-        and file["kind"] != "link"
-        and (file["uid"] or int(file["mode"], 8) & 0o022)
+        if path.startswith(CONFIG) and file["kind"] != "link" and (file["uid"] or int(file["mode"], 8) & 0o022)
     ]
     assert not wrong, ", ".join(wrong)
 

@@ -61,9 +61,7 @@ def test_health(any_node: Node, url: str) -> None:
         with client(any_node.settings, url) as http:
             answer = http.get("/health")
     except httpx.HTTPError as error:
-        pytest.fail(
-            f"{url}/health: {error}. A firewall may be in the way, or the endpoint is down.", pytrace=False
-        )
+        pytest.fail(f"{url}/health: {error}. A firewall may be in the way, or the endpoint is down.", pytrace=False)
     assert answer.status_code == 200, f"{url}/health: {answer.status_code} {answer.text[:500]}"
 
 

@@ -61,7 +61,7 @@ def setting(name: str, value: Any, found: str, *, more: dict[str, Any] | None = 
 def yaml_inventory(**groups: Any) -> str:
     """A YAML inventory; a group is a list of hosts or a dictionary."""
     return yaml.safe_dump(
-        {name: {"hosts": dict.fromkeys(g, {})} if isinstance(g, list) else g for name, g in groups.items()}
+        {name: {"hosts": {host: {} for host in g}} if isinstance(g, list) else g for name, g in groups.items()}
     )
 
 
@@ -91,8 +91,7 @@ def _inline(name: str, plain: str) -> str:
 
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n"
-    for before, name in zip("abcdef", "bcdefg", strict=True)
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
 
 PATHS = [
@@ -148,9 +147,7 @@ TEXTS = [
     text("space in section", "section header is not valid", "[dsv3 head]\na\n", where="hosts.ini:1"),
     text("unknown section kind", "of no known kind", "[dsv3_head:var]\na=1\n", where="hosts.ini:1"),
     text("host twice", "host 'gpu-a' is there twice", HOSTS + "[dsv3_head]\ngpu-a\n", where="hosts.ini:6"),
-    text(
-        "variable twice on a host", "'x' is there twice", "[dsv3_head]\na x=1 x=2\n", where="hosts.ini:2"
-    ),
+    text("variable twice on a host", "'x' is there twice", "[dsv3_head]\na x=1 x=2\n", where="hosts.ini:2"),
     text(
         "variable twice in vars",
         "variable 'x' is there twice",
@@ -437,10 +434,10 @@ TEMPLATES = [
 ]
 
 OPTIONS = [
-    text("-e without a value", "is not a variable", HOSTS, where="-e", args=("-e", "lmdeploy_tp")),
+    text("-e without a value", "sets no variable", HOSTS, where="-e", args=("-e", "lmdeploy_tp")),
     text("-e of a missing file", "there is no such", HOSTS, where="gone.yml", args=("-e", "@gone.yml")),
     text("-e of broken JSON", "-e cannot be read", HOSTS, where="", args=("-e", '{"a": ')),
-    text("-e of a list", "has no names", HOSTS, where="", args=("-e", "[1, 2]")),
+    text("-e of a list", "sets no variable", HOSTS, where="", args=("-e", "[1, 2]")),
     text("-e of a wrong type", "lmdeploy_tp has the wrong type", HOSTS, where="-e", args=("-e", "lmdeploy_tp=x")),
     text("-e of an unknown setting", "lmdeploy_tpp is no setting", HOSTS, where="-e", args=("-e", "lmdeploy_tpp=8")),
     Case(
@@ -485,12 +482,8 @@ VAULTS = [
         where="password",
     ),
     vaulted("password file is empty", "is empty", *PASSWORD, files={"password": "\n"}, where="password"),
-    vaulted(
-        "password file is a directory", "is a directory", "--vault-password-file", "{folder}", where=""
-    ),
-    vaulted(
-        "password file is missing", "no such vault password file", "--vault-password-file", "/nowhere", where=""
-    ),
+    vaulted("password file is a directory", "is a directory", "--vault-password-file", "{folder}", where=""),
+    vaulted("password file is missing", "no such vault password file", "--vault-password-file", "/nowhere", where=""),
 ]
 
 CASES = [

@@ -48,10 +48,7 @@ def render(folder: Path, template: str = "etc/deploy-dsv3/endpoint/haproxy.cfg.j
         "__endpoint_folder": str(folder),
         **settings,
     }
-    trusted = {
-        name: trust_as_template(value) if isinstance(value, str) else value
-        for name, value in variables.items()
-    }
+    trusted = {name: trust_as_template(value) if isinstance(value, str) else value for name, value in variables.items()}
     templar = Templar(loader=DataLoader(), variables=trusted)
     templar.environment.trim_blocks = True
     text = (ROLE / "templates" / template).read_text()
@@ -160,9 +157,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
         text = render(tmp_path, endpoint_port=port, lmdeploy_server_port=engine_port, **settings)
         # The test runs it as whoever runs the test.
-        lines = [
-            line for line in text.splitlines() if line.split()[:1] not in (["user"], ["group"], ["chroot"])
-        ]
+        lines = [line for line in text.splitlines() if line.split()[:1] not in (["user"], ["group"], ["chroot"])]
         config = tmp_path / "haproxy.cfg"
         config.write_text("\n".join(lines) + "\n")
         running.append(subprocess.Popen([haproxy(), "-db", "-f", str(config)], stdout=subprocess.DEVNULL))

@@ -52,13 +52,8 @@ def result(kind: str, host: str, second: int = 0, task: str = "Do it", **data: A
 
 def stats(second: int = 0, artifact_data: Any = None, **counts: dict[str, int]) -> dict[str, Any]:
     hosts = {host for values in counts.values() for host in values}
-    return raw(
-        "playbook_on_stats",
-        second,
-        processed=dict.fromkeys(hosts, 1),
-        artifact_data=artifact_data or {},
-        **counts,
-    )
+    data: dict[str, Any] = {**counts, "processed": dict.fromkeys(hosts, 1), "artifact_data": artifact_data or {}}
+    return raw("playbook_on_stats", second, **data)
 
 
 def records(events: Iterable[dict[str, Any]]) -> list[Record]:
@@ -78,6 +73,11 @@ class TestTranslator:
         (record,) = records([play("first-token: a completion: through the endpoint")])
         assert isinstance(record, StageStarted)
         assert (record.stage, record.title) == ("first-token", "a completion: through the endpoint")
+
+    def test_a_name_begins_with_a_capital_as_ansible_lint_wants_it(self) -> None:
+        made = outcome(play("Preflight: look"), result("failed", "a", res={"msg": "no"}))
+        assert made.first is not None
+        assert (made.first.stage, made.exit_code) == ("preflight", 3)
 
     def test_a_play_of_another_name_has_no_stage(self) -> None:
         (record,) = records([play("Gather facts")])
@@ -120,9 +120,7 @@ class TestTranslator:
     )
     def test_warnings(self, stdout: str, message: str | None) -> None:
         made = records([raw("warning", stdout=stdout)])
-        assert [record.message for record in made if isinstance(record, Warned)] == (
-            [message] if message else []
-        )
+        assert [record.message for record in made if isinstance(record, Warned)] == ([message] if message else [])
 
     @pytest.mark.parametrize("event", [{}, {"event": "verbose"}, raw("runner_on_ok"), raw("debug", stdout="x")])
     def test_events_that_say_nothing(self, event: dict[str, Any]) -> None:
@@ -145,6 +143,27 @@ class TestTranslator:
         assert (record.hosts["a"].ok, record.hosts["a"].changed, record.hosts["a"].failed) == (3, 1, 0)
         assert (record.hosts["b"].failed, record.hosts["c"].unreachable) == (1, 1)
         assert record.report == served
+
+
+@pytest.mark.parametrize(
+    ("found", "detail"),
+    [
+        ({"progress": "3 of 8 layers"}, "3 of 8 layers"),
+        ({"stdout": '{"phase": "loading", "message": "41 of 163 shards"}'}, "loading: 41 of 163 shards"),
+        ({"stdout": '{"phase": "loading", "message": ""}'}, "loading"),
+        (
+            {"stdout": '[{"alive": true, "gpus": 8}, {"alive": false, "gpus": 8}]'},
+            "1 nodes with 8 GPUs so far",
+        ),
+        ({"stdout": "[1]"}, ""),
+        ({"stdout": "not JSON"}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_a_host_waits_for(found: dict[str, Any], detail: str) -> None:
+    (record,) = records([raw("runner_retry", host="a", task="Wait", res=found)])
+    assert isinstance(record, HostRetried)
+    assert record.detail == detail
 
 
 class TestRecordedFailures:
@@ -227,9 +246,7 @@ class TestMessages:
 
     def test_findings_are_the_cause(self) -> None:
         finding = {"code": "memory", "severity": "error", "message": "8 GiB", "cause": "c", "remedy": "r"}
-        made = outcome(
-            play("preflight: look"), result("failed", "a", res={"msg": "no", "dsv3_findings": [finding]})
-        )
+        made = outcome(play("preflight: look"), result("failed", "a", res={"msg": "no", "dsv3_findings": [finding]}))
         assert made.first is not None
         assert (made.first.code, made.first.cause, made.first.remedy) == ("memory", "c", "r")
         assert [found.code for found in made.findings] == ["memory"]
@@ -300,10 +317,18 @@ class TestOutcome:
         assert [f.message for f in made.failures] == ["cause"]
 
     def test_seconds_of_stages_add_up_over_plays(self) -> None:
-        made = outcome(
-            play("preflight: x", 0), play("host: x", 2), play("host: y", 5), play("ray: x", 9), stats(10)
-        )
+        made = outcome(play("preflight: x", 0), play("host: x", 2), play("host: y", 5), play("ray: x", 9), stats(10))
         assert made.stages == {"preflight": 2.0, "host": 7.0, "ray": 1.0}
+
+    @pytest.mark.parametrize("first", ["warning", "finding"])
+    def test_a_warning_that_repeats_a_finding_is_left_out(self, first: str) -> None:
+        finding = {"code": "rdma-none", "severity": "warning", "message": "a: no RDMA"}
+        events = [
+            raw("warning", stdout="[WARNING]: a: no RDMA"),
+            result("ok", "a", res={"dsv3_findings": [finding]}),
+        ]
+        made = outcome(*(events if first == "warning" else reversed(events)))
+        assert (len(made.findings), made.warnings) == (1, [])
 
     def test_a_warning_is_told_once(self) -> None:
         made = outcome(raw("warning", stdout="[WARNING]: w"), raw("warning", stdout="[WARNING]: w"))

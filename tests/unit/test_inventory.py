@@ -61,9 +61,7 @@ def script(folder: Path) -> Path:
     listing = {
         "dsv3_head": {"hosts": ["gpu-a"]},
         "dsv3_workers": {"hosts": ["gpu-b", "gpu-c"], "vars": {"engine_environment": {"A": "b"}}},
-        "_meta": {
-            "hostvars": {"gpu-a": {"ansible_host": "192.0.2.11", "lmdeploy_tp": 16, "rdma_required": True}}
-        },
+        "_meta": {"hostvars": {"gpu-a": {"ansible_host": "192.0.2.11", "lmdeploy_tp": 16, "rdma_required": True}}},
     }
     path = write(folder, inventory=f"#!/bin/sh\ncat <<'END'\n{json.dumps(listing)}\nEND\n")
     path.chmod(stat.S_IRWXU)
@@ -142,9 +140,7 @@ class TestWhereAValueIs:
     def test_the_command_line(self, tmp_path: Path) -> None:
         path = write(tmp_path, hosts_dot_ini=INI, more_dot_yml="endpoint_port: 9000\nrdma_required: false\n")
         more = tmp_path / "more.yml"
-        loaded = inventory.load(
-            [path], extra_vars=[f"@{more}", "lmdeploy_tp=8 a='b c'", '{"rdma_gid_index": 3}']
-        )
+        loaded = inventory.load([path], extra_vars=[f"@{more}", "lmdeploy_tp=8 a='b c'", '{"rdma_gid_index": 3}'])
         values = {
             name: (v.value, v.file, v.source)
             for name in ("endpoint_port", "rdma_required", "lmdeploy_tp", "a", "rdma_gid_index")

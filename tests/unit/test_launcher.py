@@ -461,8 +461,11 @@ def test_the_status_file_tells_phase_nodes_and_durations(
     status.begin()
     now[0] += 12
     status.nodes = (HEAD, WORKER)
-    status.enter("ray-up", "Ray answers")
+    status.enter("waiting-for-gpus", "1 of 2 nodes")
     now[0] += 30
+    status.enter("waiting-for-serve", "all 16 GPUs alive")
+    status.enter("waiting-for-gpus", "1 of 2 nodes")
+    now[0] += 1
     status.enter("loading", "api_server starts")
     now[0] += 5
     status.close("loading:model")
@@ -473,7 +476,8 @@ def test_the_status_file_tells_phase_nodes_and_durations(
     assert (data["schema"], data["role"], data["phase"], data["gpus_alive"]) == (1, "head", "degraded", 16)
     assert data["phases"] == [
         {"name": "starting", "seconds": 12.0},
-        {"name": "ray-up", "seconds": 30.0},
+        {"name": "waiting-for-gpus", "seconds": 31.0},
+        {"name": "waiting-for-serve", "seconds": 0.0},
         {"name": "loading:model", "seconds": 5.0},
     ]
     assert data["nodes"][1] == {"address": "192.0.2.12", "alive": True, "gpus": 8, "node_id": "b1"}

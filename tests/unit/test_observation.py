@@ -56,13 +56,12 @@ def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_th
     assert seen["here"].reached
     for name in ("away", "away-too"):
         assert not seen[name].reached and "Connection refused" in seen[name].error
+        assert "Start sshd there, or set ansible_port." in seen[name].error
 
 
 def test_ansible_carries_the_command_where_a_password_is_needed() -> None:
     # Braces in a password are no template.
-    seen = look(
-        {**LOCAL, "ansible_become_password": "pass{{word}}", "ansible_become_method": "ansible.builtin.sudo"}
-    )
+    seen = look({**LOCAL, "ansible_become_password": "pass{{word}}", "ansible_become_method": "ansible.builtin.sudo"})
     if os.geteuid() == 0:
         assert seen.reached, seen.error
     else:
@@ -128,9 +127,7 @@ def test_connections_come_from_the_inventory_and_the_operator(tmp_path: Path) ->
         "ansible_port={{ ansible_facts.port }}\n"
     )
     loaded = inventory.load([tmp_path / "hosts.ini"])
-    assert observation.connections(loaded, ["a"]) == {
-        "a": {"ansible_host": "192.0.2.1", "ansible_user": "ops"}
-    }
+    assert observation.connections(loaded, ["a"]) == {"a": {"ansible_host": "192.0.2.1", "ansible_user": "ops"}}
     typed = observation.connections(loaded, ["a"], Passwords(become="secret"))
     assert typed["a"]["ansible_become_password"] == "secret"
     (tmp_path / "password").write_text("from a file\n")
@@ -247,9 +244,7 @@ def test_a_kept_secret_is_no_leak(tmp_path: Path) -> None:
 
 def test_commands_that_run_together_have_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "COMMAND_TIMEOUT_S", 0.5)
-    done = observer.run_together(
-        {"fast": ["echo", "hi"], "slow": ["sleep", "60"], "none": ["no-such-command"]}
-    )
+    done = observer.run_together({"fast": ["echo", "hi"], "slow": ["sleep", "60"], "none": ["no-such-command"]})
     assert done["fast"] == {"rc": 0, "out": "hi\n", "err": ""}
     assert done["slow"]["rc"] == -1 and "no answer" in done["slow"]["err"]
     assert done["none"]["rc"] == -1 and "no-such-command" in done["none"]["err"]

@@ -92,7 +92,9 @@ class TestRun:
         assert not list((folder / "tmp").iterdir())
 
     def test_check_mode_and_limit(self, folder: Path) -> None:
-        wanted = job(folder, TASKS, check=True, limit="a", user_extra_vars=('{"word": "w", "theirs": 1, "typed": {"n": 1}}',))
+        wanted = job(
+            folder, TASKS, check=True, limit="a", user_extra_vars=('{"word": "w", "theirs": 1, "typed": {"n": 1}}',)
+        )
         with RunLog("deploy") as log:
             outcome = runner.run(wanted, log=log, on_record=lambda _: None)
         assert outcome.exit_code == 0
@@ -201,7 +203,10 @@ class TestSecrets:
 
 
 class TestEnvironment:
-    def test_host_keys_are_checked(self, folder: Path) -> None:
+    def test_host_keys_are_checked(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ansible import constants
+
+        monkeypatch.setattr(constants, "CONFIG_FILE", None)
         made = runner._environment(folder)
         assert made["ANSIBLE_HOST_KEY_CHECKING"] == "True"
         assert made["ANSIBLE_PIPELINING"] == "1"

@@ -133,7 +133,7 @@ def verify(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> Verificat
     return verification.verify(
         Deployment(replicas=tuple(Replica(name=name, head=name) for name in settings)),
         {name: {**common, **own} for name, own in settings.items()},
-        dict.fromkeys(settings, {"ansible_connection": "local"}),
+        {name: {"ansible_connection": "local"} for name in settings},
         suites=folder,
     )
 

@@ -94,7 +94,9 @@ class TestCatalogue:
 class TestOurRoles:
     """The roles of this repository."""
 
-    @pytest.mark.parametrize("path", sorted(content.roles().glob("*/meta/argument_specs.yml")), ids=lambda p: p.parts[-3])
+    @pytest.mark.parametrize(
+        "path", sorted(content.roles().glob("*/meta/argument_specs.yml")), ids=lambda p: p.parts[-3]
+    )
     def test_a_default_is_the_same_in_both_files(self, path: Path) -> None:
         options = yaml.safe_load(path.read_text())["argument_specs"]["main"].get("options", {})
         defaults_file = path.parents[1] / "defaults" / "main.yml"
@@ -126,7 +128,9 @@ class TestOurRoles:
         assert set(made.values) == {"gpu-a", "gpu-b"}
         assert made.of("gpu-a")["endpoint_port"] == 8000
 
-    @pytest.mark.parametrize("known_name", sorted({*setting_rules._SERVE_OPTIONS.values(), *setting_rules._DAEMON_OPTIONS.values()}))
+    @pytest.mark.parametrize(
+        "known_name", sorted({*setting_rules._SERVE_OPTIONS.values(), *setting_rules._DAEMON_OPTIONS.values()})
+    )
     def test_rules_name_settings_that_exist(self, known_name: str) -> None:
         assert known_name in catalogue()
 
@@ -156,12 +160,8 @@ class TestValues:
         assert (made["pump_share"], made["pump_branch"]) == (1.0, "580")
 
     @pytest.mark.parametrize("word", ["true", "True", "yes", "on", "1"])
-    def test_text_of_the_command_line_gets_its_type(
-        self, tmp_path: Path, known: dict[str, Setting], word: str
-    ) -> None:
-        made = resolve(
-            tmp_path, known=known, extra=(f"pump_on={word} pump_port=81", "pump_share=.25 pump_branch=7")
-        )
+    def test_text_of_the_command_line_gets_its_type(self, tmp_path: Path, known: dict[str, Setting], word: str) -> None:
+        made = resolve(tmp_path, known=known, extra=(f"pump_on={word} pump_port=81", "pump_share=.25 pump_branch=7"))
         assert made.of("gpu-b")["pump_on"] is True
         assert made.extra_vars == {"pump_on": True, "pump_port": 81, "pump_share": 0.25}
         assert made.of("gpu-b")["pump_branch"] == "7"
@@ -269,7 +269,7 @@ class TestText:
         made = settings_text.insert(text, known)
         assert made.startswith("before\n")
         assert made.endswith("after\n")
-        assert "| `pump_mode` | `slow` \\| `fast` | `\"slow\"` | How it runs. |" in made
+        assert '| `pump_mode` | `slow` \\| `fast` | `"slow"` | How it runs. |' in made
         assert "old" not in made
         assert "pump_given" not in made
         assert settings_text.insert(made, known) == made

@@ -71,9 +71,7 @@ def hosts() -> dict[str, Any]:
 
 
 @pytest.fixture
-def collect(
-    hosts: dict[str, Any], endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch
-) -> Collect:
+def collect(hosts: dict[str, Any], endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> Collect:
     """Collects the state of what `hosts` and `endpoint` hold by then."""
 
     def run(*, canary: bool = False, away: dict[str, str] | None = None, **settings: Any) -> StatusReport:
@@ -177,17 +175,13 @@ def test_before_a_deployment_nothing_is_guessed(collect: Collect, hosts: dict[st
     assert report.exit_code == 5 and "no engine container" in rendered(report)
 
 
-def test_a_container_that_is_gone_takes_its_status_file_with_it(
-    collect: Collect, hosts: dict[str, Any]
-) -> None:
+def test_a_container_that_is_gone_takes_its_status_file_with_it(collect: Collect, hosts: dict[str, Any]) -> None:
     hosts[HEAD]["container"]["inspect"] = None
     [replica] = collect().replicas
     assert replica.engine.phase == "" and replica.gpus_alive is None and not replica.whole
 
 
-def test_a_stopped_container_is_stopped_whatever_its_file_says(
-    collect: Collect, hosts: dict[str, Any]
-) -> None:
+def test_a_stopped_container_is_stopped_whatever_its_file_says(collect: Collect, hosts: dict[str, Any]) -> None:
     hosts[HEAD]["container"]["inspect"]["State"].update(Running=False, Status="exited")
     assert collect().replicas[0].engine.phase == "stopped"
 
@@ -212,8 +206,8 @@ def test_json_is_complete_and_plain(collect: Collect) -> None:
     document = json.loads(json.dumps(collect(canary=True).as_dict()))
     [replica] = document["replicas"]
     assert replica["serving"] and replica["whole"]
-    assert {"name": "loading:model", "seconds": replica["engine"]["phases"][-1]["seconds"]} in replica[
-        "engine"
-    ]["phases"]
+    assert {"name": "loading:model", "seconds": replica["engine"]["phases"][-1]["seconds"]} in replica["engine"][
+        "phases"
+    ]
     assert replica["endpoint"]["models"] == [MODEL]
     assert [node["host"] for node in replica["nodes"]] == [HEAD, WORKER]

@@ -41,9 +41,7 @@ class TestBuild:
         ],
     )
     def test_one_replica(self, found: dict[str, Group]) -> None:
-        assert build(found) == Deployment(
-            replicas=(Replica(name="dsv3", head="a", workers=("b", "c")),)
-        )
+        assert build(found) == Deployment(replicas=(Replica(name="dsv3", head="a", workers=("b", "c")),))
 
     def test_a_head_alone_is_a_replica(self) -> None:
         assert build(groups(dsv3_head="a")).hosts == ("a",)
@@ -73,9 +71,7 @@ class TestBuild:
         pytest.param(groups(dsv3_workers="a b"), ["replica 'dsv3' has no head"], id="workers only"),
         pytest.param(groups(dsv3_head="", dsv3_workers="a"), ["has no head"], id="empty head"),
         pytest.param(groups(dsv3_head="a b"), ["replica 'dsv3' has 2 heads"], id="two heads"),
-        pytest.param(
-            groups(dsv3_head="a", dsv3_workers="a b"), ["a is both head and worker"], id="head also a worker"
-        ),
+        pytest.param(groups(dsv3_head="a", dsv3_workers="a b"), ["a is both head and worker"], id="head also a worker"),
         pytest.param(
             groups(dsv3="x >dsv3_head", dsv3_head="a"), ["group 'dsv3' has hosts of its own"], id="host in dsv3"
         ),
@@ -123,9 +119,7 @@ class TestBuild:
             id="host in two replicas",
         ),
         pytest.param(
-            groups(
-                dsv3=">east >west", east=">east_head", east_head="", west=">west_head", west_head="c d"
-            ),
+            groups(dsv3=">east >west", east=">east_head", east_head="", west=">west_head", west_head="c d"),
             ["replica 'east' has no head", "replica 'west' has 2 heads"],
             id="all mistakes at once",
         ),

@@ -32,18 +32,14 @@ def deployment(*hosts: str) -> Deployment:
 def verify(tmp_path: Path) -> Verify:
     """Runs a suite of the test's own with the product's machinery, on this machine."""
 
-    def run(
-        source: str, connections: dict[str, dict[str, Any]] | None = None, **options: Any
-    ) -> VerificationReport:
+    def run(source: str, connections: dict[str, dict[str, Any]] | None = None, **options: Any) -> VerificationReport:
         folder = tmp_path / "suites"
         folder.mkdir()
         for name in ("conftest.py", "fleet.py"):
             shutil.copy(content.testinfra() / name, folder)
         (folder / "test_own.py").write_text(source)
         hosts = connections or {"here": LOCAL}
-        return verification.verify(
-            deployment(*hosts), dict.fromkeys(hosts, SETTINGS), hosts, suites=folder, **options
-        )
+        return verification.verify(deployment(*hosts), dict.fromkeys(hosts, SETTINGS), hosts, suites=folder, **options)
 
     return run
 
@@ -141,9 +137,7 @@ def test_a_hang_is_an_error(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> 
         verify("import time\n\ndef test_it(node):\n    '''Hangs.'''\n    time.sleep(60)\n")
 
 
-def test_pytest_options_of_the_operator_have_no_part_in_it(
-    verify: Verify, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pytest_options_of_the_operator_have_no_part_in_it(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing --collect-only")
     assert len(verify("def test_good(node):\n    '''Good.'''\n").checks) == 1
 
@@ -243,9 +237,7 @@ def test_a_bare_host_fails_verification_and_does_not_break_it() -> None:
     report = verification.verify(deployment("here"), {"here": SETTINGS}, {"here": LOCAL})
     told = {(check.suite, check.check): check for check in report.checks}
     assert told["host", verification.REACHED].outcome == "passed"
-    assert (
-        told["container", "The engine container runs"].message == "there is no container 'no-such-container'"
-    )
+    assert told["container", "The engine container runs"].message == "there is no container 'no-such-container'"
     assert report.exit_code == 5
     # A check that stumbles over what is missing says nothing to an operator.
     stumbled = [check for check in report.failures if "Error: " in check.message or check.outcome == "error"]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 from deploy_dsv3.benchmark.runs import RunFolder
 from deploy_dsv3.errors import BY_EXIT_CODE, DeployError, HostError, Interrupted, UnreachableError, UsageError
 
-_LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 20.0
 # A connection that is lost for so long will not come back by itself.
 _GIVE_UP_AFTER_S = 900.0
@@ -103,7 +103,7 @@ class LocalWorker:
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_WITHIN_S
         while self.alive() and time.monotonic() < deadline:
-            time.sleep(_LOOK_EVERY_S / 5)
+            time.sleep(_LOOK_EVERY_S / 4)
 
     def collect(self) -> None:
         """Nothing to bring: it worked in the folder itself."""

@@ -62,8 +62,8 @@ def comparison_table(rows: Sequence[RowComparison], stream: TextIO) -> None:
 
 
 def _print(table: Table, stream: TextIO) -> None:
-    console = Console(file=stream, highlight=False)
-    console.print(table, width=console.width if console.is_terminal else _PIPE_WIDTH)
+    width = None if stream.isatty() else _PIPE_WIDTH
+    Console(file=stream, highlight=False, width=width).print(table)
 
 
 def _milliseconds(value: float | None) -> str:

@@ -174,10 +174,22 @@ class Sweep:
                 f"{figures.failed} of {row.num_prompts} requests failed, "
                 f"most often ({worst['count']} times): {worst['error']}"
             )
-            folder.put_aside(row, record)
+            kept = folder.put_aside(row, record)
+            await self._check_still_there(client, row, record["why"], kept)
             self._progress.setdefault("rejected", []).append({"row": row.name, "why": record["why"]})
         else:
             folder.keep(row, record, csv_row(plan, row, workload.text, figures))
+
+    async def _check_still_there(self, client: Client, row: Row, why: str, kept: Path) -> None:
+        """After a row that failed: stop here if the rows after it could only fail too."""
+        try:
+            await client.find_model()
+        except DeployError as error:
+            raise type(error)(
+                f"{row.name}: the endpoint was lost: {why}",
+                remedy=f"Kept in {kept}. {error.remedy} Then run the same command: "
+                "the sweep goes on at this row.",
+            ) from error
 
     async def _report(self, row: Row, workload: Workload, run: RowRun, later: list[Row]) -> None:
         begun = time.monotonic()

@@ -79,8 +79,9 @@ def up(wish: Wish, paths: LabPaths, steps: Steps) -> Lab:
         before = fleet.read_record(paths.lab(wish.name))
         suite = wish.suite or (before.suite if before else DEFAULT_SUITE)
         with steps.step(f"base image: Debian {suite}"):
-            base = images.debian(docker, paths, suite, wish.mirror)
-            host_image = images.host(docker, base)
+            host_image = images.host(docker, images.debian(docker, paths, suite, wish.mirror))
+            # Services and engine are the same for the hosts of every release.
+            base = images.debian(docker, paths, DEFAULT_SUITE, wish.mirror)
         lab = Lab(record=_record(wish, paths, docker, before, suite, host_image), paths=paths, docker=docker)
         for surplus in _surplus(before, lab.record):
             with steps.step(f"{surplus.name}: not wanted any more, removed"):

@@ -23,7 +23,7 @@ HARDWARE_PATH = "/var/lib/dsv3-lab"
 _BIRTH_LABEL = "io.deploy-dsv3.lab.birth"
 _SHARED_MEMORY = "8g"  # a limit, not a reservation: Ray's object store lives in it
 _VOLUMES = {"docker": "/var/lib/docker", "containerd": "/var/lib/containerd"}
-_BOOT_TIMEOUT_S = 90.0
+_BOOT_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 30
 _NOFILE = 1048576
 
@@ -234,7 +234,7 @@ class Host:
         Raises:
             LabError: it failed, and `check`.
         """
-        done = self.docker.exec(self.container, argv, stdin=stdin, check=check)
+        done = self.docker.inside(self.container, argv, stdin=stdin, check=check)
         return _Completed(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
     # ------------------------------------------------------------------ hardware

@@ -7,6 +7,7 @@ is ever stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -120,6 +121,7 @@ class PrivateEngine:
         for folder in (self.paths.state, self.paths.cache / "docker"):
             folder.mkdir(parents=True, exist_ok=True)
         shell.run(shell.as_root(["mkdir", "--parents", str(self.paths.runtime)]))
+        self._forget_dead()
         self._remember_forwarding()
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -143,9 +145,10 @@ class PrivateEngine:
     def stop(self) -> None:
         self._end_process()
         self._restore_forwarding()
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            if (place := line.split()[1]).startswith(f"{self.paths.runtime}/"):
-                shell.run(shell.as_root(["umount", "--lazy", place]))
+        mounts = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for mount in reversed(mounts):  # what a dockerd leaves behind, above all one that was killed
+            if mount.is_relative_to(self.paths.runtime) or mount.is_relative_to(self.paths.cache / "docker"):
+                shell.run(shell.as_root(["umount", "--lazy", str(mount)]))
         shell.run(shell.as_root(["rm", "--recursive", "--force", str(self.paths.runtime)]))
 
     def _end_process(self) -> None:
@@ -161,6 +164,14 @@ class PrivateEngine:
                     remedy=f"Look at {self.log}; then end the process yourself and run `lab down` again.",
                 )
             time.sleep(0.1)
+
+    def _forget_dead(self) -> None:
+        # A dockerd that was killed leaves PID files; where PID 1 does not reap, their processes still "exist".
+        stale = [self.paths.runtime / "docker.pid"]
+        containerd = self.paths.runtime / "exec" / "containerd"
+        if not _runs(str(containerd / "containerd.toml")):
+            stale.append(containerd / "containerd.pid")
+        shell.run(shell.as_root(["rm", "--force", *map(str, stale)]))
 
     # dockerd switches the machine's forwarding on, and does not switch it off again.
 
@@ -179,6 +190,15 @@ class PrivateEngine:
             shell.run(shell.as_root(["sysctl", "-q", "-w", "net.ipv4.ip_forward=0"]))
             shell.run(shell.as_root([shell.which("iptables") or "iptables", "-P", "FORWARD", found["policy"]]))
         record.unlink(missing_ok=True)
+
+
+def _runs(argument: str) -> bool:
+    """Whether a live process has this among its arguments."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in entry.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def choose(paths: LabPaths, choice: Choice = "auto") -> OuterEngine:

@@ -29,7 +29,7 @@ storage:
 http: {{addr: ":{_REGISTRY_PORT}"}}
 """
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-_READY_TIMEOUT_S = 30.0
+_READY_TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,8 @@ PHASES = (
 
 # Defaults for every process of ours; the container's environment wins.
 RAY_ENVIRONMENT = {
-    # Ray 2.60 drains for 30 s on SIGTERM, and a raylet looks for a lost GCS for 60 s: longer than a restart
-    # takes.
+    # Ray 2.60 drains for 30 s on SIGTERM: longer than a whole restart takes.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's own logs lie in the container's writable layer: 5 x 512 MB a process is too much there.
     "RAY_ROTATION_MAX_BYTES": "67108864",
@@ -89,6 +87,8 @@ RAY_ENVIRONMENT = {
     # Ray's monitor serves its metrics on every interface, without the token; it goes on when it cannot.
     "AUTOSCALER_METRIC_PORT": "-1",
 }
+# A raylet looks for a lost GCS for 60 s; on a worker the launcher has noticed long before.
+WORKER_ENVIRONMENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
 # LMDeploy's Ray actor, one per rank.
 RANK_CLASS = "RayWorkerWrapper"
 
@@ -148,8 +148,7 @@ class Section:
 
     def _wrong(self, key: str, expected: str, found: object) -> ConfigError:
         return ConfigError(
-            f"{self._source}: {self._prefix}{key}: expected {expected}, "
-            f"found {_kind(found)} {json.dumps(found)}"
+            f"{self._source}: {self._prefix}{key}: expected {expected}, found {_kind(found)} {json.dumps(found)}"
         )
 
 
@@ -228,9 +227,7 @@ def load_node(path: Path) -> Node:
     ray, expected, times = top.section("ray"), top.section("expected"), top.section("timeouts")
     ports = RayPorts(**{name: ray.integer(name, 1, 65535) for name in RayPorts.__dataclass_fields__})
     if ports.min_worker_port > ports.max_worker_port:
-        raise ConfigError(
-            f"{path}: ray.min_worker_port: {ports.min_worker_port} is above ray.max_worker_port"
-        )
+        raise ConfigError(f"{path}: ray.min_worker_port: {ports.min_worker_port} is above ray.max_worker_port")
     return Node(
         replica=top.text("replica"),
         role=top.text("role", ("head", "worker")),
@@ -258,9 +255,7 @@ def load_serve(path: Path) -> Serve:
     argv = top.texts("argv")
     # LMDeploy's parser takes underscores and unambiguous abbreviations as well.
     if any(item.replace("_", "-").startswith("--api") for item in argv):
-        raise ConfigError(
-            f"{path}: argv: --api-keys would show in the process list; name a file in api_keys_file"
-        )
+        raise ConfigError(f"{path}: argv: --api-keys would show in the process list; name a file in api_keys_file")
     secret = "\n".join(read_keys(Path(keys_file))) if keys_file else ""
     return Serve(
         argv=argv,
@@ -283,9 +278,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
             raise ConfigError(f"{path}: line {number}: a key must not start with '-' nor hold white space")
         keys.append(key)
     if not keys:
-        raise ConfigError(
-            f"{path}: no key in it: write one a line, or leave api_keys_file empty in serve.json"
-        )
+        raise ConfigError(f"{path}: no key in it: write one a line, or leave api_keys_file empty in serve.json")
     return tuple(keys)
 
 
@@ -369,9 +362,7 @@ def find_tool(name: str) -> str:
     """Return the path of a command of the image; ConfigError when the image lacks it."""
     found = shutil.which(name)
     if not found:
-        raise ConfigError(
-            f"{name}: no such command on PATH ({os.environ.get('PATH', '')}): not an LMDeploy image?"
-        )
+        raise ConfigError(f"{name}: no such command on PATH ({os.environ.get('PATH', '')}): not an LMDeploy image?")
     return found
 
 
@@ -581,9 +572,7 @@ def generated_tokens(metrics: Answer) -> float | None:
     """Return LMDeploy's count of generated tokens, None when it has no metrics."""
     if metrics.status != 200:
         return None
-    found = re.findall(
-        r"^lmdeploy:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+]+)$", metrics.body, re.MULTILINE
-    )
+    found = re.findall(r"^lmdeploy:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+]+)$", metrics.body, re.MULTILINE)
     return sum(map(float, found)) if found else None
 
 
@@ -662,9 +651,7 @@ class Prober(threading.Thread):
     def run(self) -> None:
         next_canary, tokens = 0.0, None
         while not self._stopped.wait(1.0 if not self.vitals.first_token_at else HEALTH_INTERVAL_S):
-            with contextlib.suppress(
-                ConfigError
-            ):  # the key file is being replaced: the next round reads it again
+            with contextlib.suppress(ConfigError):  # the key file is being replaced: the next round reads it again
                 health = ask(self._serve, "GET", "/health", timeout=HEALTH_INTERVAL_S * 2)
                 self.vitals.note_health(health, time.monotonic())
                 if health.status == 200 and not self.vitals.asleep and time.monotonic() >= next_canary:
@@ -813,7 +800,7 @@ class Status:
     def enter(self, phase: str, message: str) -> None:
         """Go to a phase; the one before is closed with the seconds it took."""
         if phase != self.phase:
-            if self.phase not in ("serving", "degraded", "stopping"):
+            if self.phase in ("starting", "waiting-for-head", "waiting-for-gpus", "waiting-for-serve"):
                 self.close(self.phase)
             self.phase, self.since = phase, time.time()
             log(f"{phase}: {message}")
@@ -823,10 +810,12 @@ class Status:
         self.write()
 
     def close(self, name: str) -> None:
-        """Record that something of this name took the time since the last record."""
+        """Record that something of this name took the time since the last record, once more or first."""
         now = time.monotonic()
-        if now - self._mark >= 0.05:
-            self.phases.append({"name": name, "seconds": round(now - self._mark, 1)})
+        if not (known := next((phase for phase in self.phases if phase["name"] == name), None)):
+            known = {"name": name, "seconds": 0.0}
+            self.phases.append(known)
+        known["seconds"] = round(known["seconds"] + now - self._mark, 1)
         self._mark = now
 
     def begin(self) -> None:
@@ -884,9 +873,7 @@ def read_health(status: Mapping[str, Any], now: float) -> tuple[bool, str]:
 class Child:
     """A process in a session of its own, whose output is read line by line in a thread."""
 
-    def __init__(
-        self, name: str, argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
-    ):
+    def __init__(self, name: str, argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]):
         self.name = name
         self.cause = CauseFinder()
         self._process = subprocess.Popen(
@@ -1032,7 +1019,8 @@ class Supervisor:
         self._signal = 0
         self._ray_tool = find_tool("ray")
         self._python = interpreter_of(self._ray_tool)
-        self._environment = {**RAY_ENVIRONMENT, **os.environ, "RAY_ADDRESS": node.head}
+        role = WORKER_ENVIRONMENT if node.role == "worker" else {}
+        self._environment = {**RAY_ENVIRONMENT, **role, **os.environ, "RAY_ADDRESS": node.head}
         self._ray: Child | None = None
         self._watcher = Watcher(self._python, node, self._environment)
 
@@ -1051,9 +1039,7 @@ class Supervisor:
             return 0
         except RayEnded as error:
             self.status.fail(str(error))
-            self.status.enter(
-                "stopping", "Ray is over on this node; the container ends and Docker starts it again"
-            )
+            self.status.enter("stopping", "Ray is over on this node; the container ends and Docker starts it again")
             return 1
         finally:
             self._watcher.stop()
@@ -1220,9 +1206,7 @@ class Supervisor:
         except (ConfigError, OSError) as error:
             return End(kind="failure", reason=str(error))
         started_at = time.time()
-        self.status.engine.update(
-            pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0, serve=serve.digest
-        )
+        self.status.engine.update(pid=child.pid, started_at=round(started_at, 3), healthy_at=0.0, serve=serve.digest)
         self.status.enter("loading", "api_server starts")
         prober = Prober(serve, self._node)
         prober.start()
@@ -1270,8 +1254,7 @@ class Supervisor:
     def _pause(self, delay_s: float, serve: Serve, failures: int) -> None:
         self.status.enter(
             "degraded",
-            f"api_server failed {failures} time(s) in a row; next start in {delay_s:g} s: "
-            f"{self.status.last_error}",
+            f"api_server failed {failures} time(s) in a row; next start in {delay_s:g} s: {self.status.last_error}",
         )
         deadline = time.monotonic() + delay_s
         while time.monotonic() < deadline and not self._changed(serve):
@@ -1305,8 +1288,7 @@ class Progress:
             waiting = next((text for name, text in steps if name in self._done), starting)
             status.enter("loading", waiting)
             return
-        if "first-token" not in self._done:
-            self._step("loading:first-token", as_name="first-token")
+        self._step("loading:first-token")
         if vitals.asleep:
             status.enter("degraded", "the engine was put to sleep: POST /wakeup wakes it")
         elif fault:
@@ -1314,9 +1296,9 @@ class Progress:
         else:
             status.enter("serving", f"{self._serve.model_name} on {self._serve.address}:{self._serve.port}")
 
-    def _step(self, name: str, as_name: str = "") -> None:
-        if (as_name or name) not in self._done:
-            self._done.add(as_name or name)
+    def _step(self, name: str) -> None:
+        if name not in self._done:
+            self._done.add(name)
             self._status.close(name)
 
 
@@ -1341,23 +1323,15 @@ def prune_sessions(root: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="launcher.py", description="Supervise Ray and LMDeploy's api_server."
-    )
-    parser.add_argument(
-        "--config-dir", type=Path, default=CONFIG_DIR, help="where node.json and serve.json are"
-    )
+    parser = argparse.ArgumentParser(prog="launcher.py", description="Supervise Ray and LMDeploy's api_server.")
+    parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="where node.json and serve.json are")
     parser.add_argument("--state-dir", type=Path, default=STATE_DIR, help="where status.json is written")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="supervise this node until stopped")
-    commands.add_parser(
-        "health", help="exit 0 when this node does what it is there for, else 1; one line why"
-    )
+    commands.add_parser("health", help="exit 0 when this node does what it is there for, else 1; one line why")
     commands.add_parser("nodes", help="print the nodes as Ray tells them from here, as JSON")
     commands.add_parser("status", help="print status.json")
-    watcher = commands.add_parser(
-        "watch", help="(internal) print the cluster's state, a JSON line each interval"
-    )
+    watcher = commands.add_parser("watch", help="(internal) print the cluster's state, a JSON line each interval")
     watcher.add_argument("address")
     watcher.add_argument("interval", type=float)
     watcher.add_argument("--once", action="store_true")

@@ -117,9 +117,7 @@ def _python_of(docker: DockerCli, image: str) -> tuple[str, str]:
     return version, machine
 
 
-def _fetch(
-    packages: Path, version: str, machine: str, *, ca_bundle: Path | None, pip_config: Path | None
-) -> None:
+def _fetch(packages: Path, version: str, machine: str, *, ca_bundle: Path | None, pip_config: Path | None) -> None:
     environment = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if ca_bundle:
         environment["PIP_CERT"] = str(ca_bundle)
@@ -176,16 +174,13 @@ def _lay_out(environment: Path, version: str) -> None:
     ):
         script = programs / command
         script.write_text(
-            f"#!{_PREFIX}/bin/python\nimport sys\n\n"
-            f"from {module} import {function} as main\n\nsys.exit(main())\n"
+            f"#!{_PREFIX}/bin/python\nimport sys\n\nfrom {module} import {function} as main\n\nsys.exit(main())\n"
         )
         script.chmod(0o755)
 
 
 def _standin_files() -> Iterator[Path]:
-    return (
-        path for path in sorted(_STANDIN.rglob("*")) if path.is_file() and "__pycache__" not in path.parts
-    )
+    return (path for path in sorted(_STANDIN.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
 
 
 __all__ = ["LabError", "build", "fingerprint"]

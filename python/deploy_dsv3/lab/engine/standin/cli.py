@@ -19,8 +19,7 @@ from typing import Any
 from . import IMITATES, __version__
 
 _NOTICE = (
-    f"lmdeploy {__version__}: a STAND-IN of the deploy-dsv3 lab, not LMDeploy {IMITATES}. "
-    "It pretends to generate."
+    f"lmdeploy {__version__}: a STAND-IN of the deploy-dsv3 lab, not LMDeploy {IMITATES}. It pretends to generate."
 )
 _DEFAULT_PORT = 23333
 # lmdeploy.messages.QuantPolicy
@@ -42,6 +41,22 @@ def _quant_policy(text: str) -> int:
         raise ValueError(f"invalid quant_policy: {text!r}")
     return value
 
+
+# Read by lmdeploy/pytorch/envs.py when it is imported: anything but these words stops the engine there.
+_BOOLEANS = (
+    "LMDEPLOY_RANDOM_LOAD_WEIGHT",
+    "LMDEPLOY_RAY_NSYS_ENABLE",
+    "LMDEPLOY_PROFILE_CPU",
+    "LMDEPLOY_PROFILE_CUDA",
+    "LMDEPLOY_RAY_TIMELINE_ENABLE",
+    "LMDEPLOY_ENABLE_REQUEST_CACHE_USAGE_METRIC",
+    "LMDEPLOY_ENABLE_CHECK_ENV",
+    "LMDEPLOY_SKIP_WARMUP",
+    "LMDEPLOY_ENABLE_FLASHINFER_ALLREDUCE",
+    "LMDEPLOY_ENABLE_SYMM_MEM_ALLREDUCE",
+    "LMDEPLOY_ENABLE_SYMM_MEM_LMHEAD",
+)
+_WORDS = ("true", "1", "yes", "on", "false", "0", "no", "off")
 
 _TYPES: dict[str, Callable[[str], Any]] = {
     "str": str,
@@ -94,6 +109,7 @@ def serve_api(arguments: argparse.Namespace) -> None:
         format="%(asctime)s - lmdeploy - %(levelname)s - %(filename)s:%(lineno)d - %(message)s",
     )
     print(_NOTICE, flush=True)
+    _check_environment()
     time.sleep(float(os.environ.get("STANDIN_START_SECONDS", "0")))
 
     import prometheus_client
@@ -131,5 +147,8 @@ def serve_api(arguments: argparse.Namespace) -> None:
     )
 
 
-if __name__ == "__main__":
-    run()
+def _check_environment() -> None:
+    for name in _BOOLEANS:
+        value = os.environ.get(name)
+        if value is not None and value.lower().strip() not in _WORDS:
+            raise ValueError(f"Cannot convert environment variable '{name}={value}' to boolean.")

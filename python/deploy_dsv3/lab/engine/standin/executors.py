@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from typing import Any, Protocol
 
@@ -71,7 +72,10 @@ class RayExecutor:
             )(RayWorkerWrapper).remote(model_path)
             for index in range(tp)
         ]
-        self._sort()
+        address = os.environ.get("LMDEPLOY_DIST_MASTER_ADDR") or _gcs_host(ray)
+        port = int(os.environ.get("LMDEPLOY_DIST_MASTER_PORT") or _free_port())
+        self._sort(address)
+        ray.get([worker.init_process_group.remote(rank, address, port) for rank, worker in enumerate(self._workers)])
 
     def load(self) -> None:
         try:
@@ -89,12 +93,8 @@ class RayExecutor:
         self._ray.util.remove_placement_group(self._group)
         self._ray.shutdown()
 
-    def _sort(self) -> None:
+    def _sort(self, master: str) -> None:
         """Ranks of the driver's node first, then nodes with fewer of them, then by address."""
-        master = (
-            os.environ.get("LMDEPLOY_DIST_MASTER_ADDR")
-            or self._ray.get_runtime_context().gcs_address.split(":")[0]
-        )
         addresses = self._ray.get([worker.get_node_ip.remote() for worker in self._workers])
         keyed = sorted(
             zip(addresses, self._workers, strict=True),
@@ -107,6 +107,17 @@ def choose(model_path: str, tp: int, backend: str | None) -> Executor:
     """Pick the executor as LMDeploy does: Ray for more than one GPU or when asked for."""
     wanted = backend or os.environ.get("LMDEPLOY_EXECUTOR_BACKEND") or ("uni" if tp == 1 else "ray")
     return RayExecutor(model_path, tp) if wanted == "ray" else LocalExecutor(model_path)
+
+
+def _gcs_host(ray: Any) -> str:
+    address: str = ray.get_runtime_context().gcs_address
+    return address.split(":")[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _init_ray(ray: Any, tp: int) -> None:
@@ -123,9 +134,7 @@ def _init_ray(ray: Any, tp: int) -> None:
 def _placement_group(ray: Any, tp: int) -> Any:
     available = ray.cluster_resources().get("GPU", 0)
     if tp > available:
-        logger.warning(
-            "The number of required GPUs exceeds the total number of available GPUs in the placement group."
-        )
+        logger.warning("The number of required GPUs exceeds the total number of available GPUs in the placement group.")
     bundles: list[dict[str, float]] = [{"GPU": 1.0} for _ in range(tp)]
     bundles[0][f"node:{ray.util.get_node_ip_address()}"] = 0.001
     group = ray.util.placement_group(bundles, strategy="PACK")
@@ -135,9 +144,7 @@ def _placement_group(ray: Any, tp: int) -> Any:
         if done:
             break
         interval *= 2
-        logger.info(
-            "Waiting for creating a placement group of specs for %d seconds.", int(time.time() - began)
-        )
+        logger.info("Waiting for creating a placement group of specs for %d seconds.", int(time.time() - began))
     try:
         ray.get(ready, timeout=0)
     except ray.exceptions.GetTimeoutError:

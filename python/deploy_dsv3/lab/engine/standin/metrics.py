@@ -33,12 +33,8 @@ _GAUGES = {
     "num_requests_waiting": "Number of requests waiting to be processed.",
     "gpu_cache_usage_perc": "GPU KV-cache usage. 1 means 100 percent usage.",
     "prefix_cache_hit_rate": "Prefix-cache hit rate. 1 means 100 percent of queried prefix tokens hit.",
-    "spec_decode_mean_accept_rate": (
-        "Mean speculative decoding acceptance rate. 1 means 100 percent accepted."
-    ),
-    "spec_decode_mean_accept_length": (
-        "Mean speculative decoding acceptance length, including the bonus token."
-    ),
+    "spec_decode_mean_accept_rate": ("Mean speculative decoding acceptance rate. 1 means 100 percent accepted."),
+    "spec_decode_mean_accept_length": ("Mean speculative decoding acceptance length, including the bonus token."),
 }
 _COUNTERS = {
     "prompt_tokens_total": "Number of prefill tokens processed.",
@@ -51,14 +47,9 @@ _COUNTERS = {
 _SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000]
 _RATIOS = [tenth / 10 for tenth in range(11)]
 _STEPS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
-_FIRST = (
-    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 "
-    "160.0 640.0 2560.0"
-)
+_FIRST = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 160.0 640.0 2560.0"
 _TOKEN = "0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0"
-_REQUEST = (
-    "0.3 0.5 0.8 1.0 1.5 2.0 2.5 5.0 10.0 15.0 20.0 30.0 40.0 50.0 60.0 120.0 240.0 480.0 960.0 1920.0 7680.0"
-)
+_REQUEST = "0.3 0.5 0.8 1.0 1.5 2.0 2.5 5.0 10.0 15.0 20.0 30.0 40.0 50.0 60.0 120.0 240.0 480.0 960.0 1920.0 7680.0"
 _HISTOGRAMS: dict[str, tuple[str, list[Any]]] = {
     "request_prompt_tokens": ("Number of prefill tokens processed.", _SIZES),
     "request_generation_tokens": ("Number of generation tokens processed.", _SIZES),
@@ -93,15 +84,11 @@ class Metrics:
         values = (model_name, "0")
         prometheus_client.Info("lmdeploy:backend_config", "information of backend_config", registry=registry)
         self._gauge = {
-            name: prometheus_client.Gauge(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(
-                *values
-            )
+            name: prometheus_client.Gauge(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(*values)
             for name, text in _GAUGES.items()
         }
         self._counter = {
-            name: prometheus_client.Counter(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(
-                *values
-            )
+            name: prometheus_client.Counter(f"lmdeploy:{name}", text, _LABELS, registry=registry).labels(*values)
             for name, text in _COUNTERS.items()
         }
         self._histogram = {
@@ -146,9 +133,7 @@ class Metrics:
             self._histogram["time_per_output_token_seconds"].observe(since_last)
             self._histogram["iter_token_latency"].observe(since_last)
 
-    def finish(
-        self, *, prompt_tokens: int, generated: int, queued_s: float, prefill_s: float, total_s: float
-    ) -> None:
+    def finish(self, *, prompt_tokens: int, generated: int, queued_s: float, prefill_s: float, total_s: float) -> None:
         """One request is done."""
         self._success["FINISH"].inc()
         self._gauge["num_requests_succeeded"].inc()

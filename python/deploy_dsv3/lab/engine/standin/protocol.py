@@ -11,9 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-_ALPHABET = "".join(
-    c for c in string.digits + string.ascii_uppercase + string.ascii_lowercase if c not in "01IOl"
-)
+_ALPHABET = "".join(c for c in string.digits + string.ascii_uppercase + string.ascii_lowercase if c not in "01IOl")
 
 
 def random_id() -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
+
+_RENDEZVOUS_S = 120
 
 
 def check_model(model_path: str) -> None:
@@ -20,9 +23,7 @@ def check_model(model_path: str) -> None:
         raise OSError(f"{model_path} is no folder on {os.uname().nodename}")
     json.loads((folder / "config.json").read_text())
     index = folder / "model.safetensors.index.json"
-    shards = (
-        set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    )
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     for shard in sorted(shards):
         if not (folder / shard).is_file():
             raise OSError(f"{folder / shard} is missing on {os.uname().nodename}")
@@ -39,6 +40,25 @@ class RayWorkerWrapper:
 
         address: str = ray.util.get_node_ip_address()
         return address
+
+    def init_process_group(self, rank: int, address: str, port: int) -> None:
+        """Meet at the first rank's port, which stays open as torch's TCPStore does.
+
+        Raises:
+            OSError: the port is taken, or cannot be reached from this node.
+        """
+        if rank == 0:
+            self._store = socket.create_server(("", port), backlog=128)
+            return
+        deadline = time.monotonic() + _RENDEZVOUS_S
+        while True:
+            try:
+                self._store = socket.create_connection((address, port), timeout=5)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise OSError(f"rank {rank} cannot reach {address}:{port}: {error}") from error
+                time.sleep(0.1)
 
     def build_model(self) -> None:
         check_model(self._model_path)

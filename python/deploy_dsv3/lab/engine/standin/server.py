@@ -151,8 +151,7 @@ def _add_management(app: FastAPI, engine: Engine, options: Options) -> None:
         if not options.allow_terminate:
             return error(
                 400,
-                "The server can not be terminated. "
-                "Please add --allow-terminate-by-client when start the server.",
+                "The server can not be terminated. Please add --allow-terminate-by-client when start the server.",
             )
         os.kill(os.getpid(), signal.SIGTERM)
         return Response(status_code=200)
@@ -192,8 +191,7 @@ def _add_generation(app: FastAPI, engine: Engine, options: Options) -> None:
             if length >= engine.context:
                 return error(
                     400,
-                    f"Input length ({length}) must be smaller than the model context length "
-                    f"({engine.context}).",
+                    f"Input length ({length}) must be smaller than the model context length ({engine.context}).",
                 )
         return None
 
@@ -345,9 +343,7 @@ def _stream(
             counts = counted
         if counts:
             total = {
-                key: value
-                for key, value in usage(prompt_tokens, produced, cached=cached).items()
-                if value is not None
+                key: value for key, value in usage(prompt_tokens, produced, cached=cached).items() if value is not None
             }
             yield _event({**head, "choices": [], "usage": total}, compact=cached)
         yield "data: [DONE]\n\n"
@@ -393,16 +389,10 @@ class _KeyCheck:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["method"] != "OPTIONS"
-            and not scope["path"].startswith(_OPEN_PREFIXES)
-        ):
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not scope["path"].startswith(_OPEN_PREFIXES):
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.encode()).digest()
-            if scheme.lower() != "bearer" or not any(
-                secrets.compare_digest(digest, known) for known in self._digests
-            ):
+            if scheme.lower() != "bearer" or not any(secrets.compare_digest(digest, known) for known in self._digests):
                 await error(401, "Unauthorized.")(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,0 +1,280 @@
+#!/usr/bin/env bash
+# Prove a GPU server: from nothing to a served, verified and measured small model of DeepSeek-V3's architecture on
+# real LMDeploy, without internet. Run as root on the server, from a checkout of deploy-dsv3:
+#
+#   acceptance/run.sh [--bundle DIR] [--output DIR] [--deadline SECONDS] [--only PHASE,PHASE,…]
+#
+# What was done is remembered in /var/lib/deploy-dsv3-acceptance: a run that was stopped, or whose bundle was not
+# complete, goes on where it ended. Exit 0: everything passed; 1: a phase failed; 75: a part of the bundle is missing.
+# OUTPUT gets run.log, summary.md, summary.json and details.tar.gz, whatever the result.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+repository=$(dirname "$here")
+state=/var/lib/deploy-dsv3-acceptance
+engine=/srv/deploy-dsv3-engine
+inventory=$repository/inventory/gpu-acceptance.ini
+image=deploy-dsv3/engine:acceptance
+model=/data/models/dsv3-small
+container=lmdeploy
+# In this order; those before `deploy` are done once.
+prepare=(host docker gpus model python image settings)
+prove=(deploy again answer benchmark restart status)
+# The longest that each may take [s]; one that would be cut off by the deadline is left out, and said so.
+declare -A longest=([deploy]=300 [again]=60 [answer]=15 [benchmark]=90 [restart]=140 [status]=15)
+
+bundle=$repository/.bundle
+output=${OUT:-$repository/acceptance-results}
+deadline=530
+only=
+single=
+
+say() { printf '%s %s: %s\n' "$(date +%T)" "${single:-run}" "$*"; }
+die() { say "$*" >&2; exit 1; }
+
+while (($#)); do
+  case $1 in
+    --bundle) bundle=$(realpath -m "$2") ;;
+    --output) output=$(realpath -m "$2") ;;
+    --deadline) deadline=$2 ;;
+    --only) only=$2 ;;
+    --single) single=$2 ;; # internal: one phase in a shell of its own, so that its first error ends it
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+details=$output/details
+export PYTHONUNBUFFERED=1 ANSIBLE_FORCE_COLOR=0
+
+# deploy-dsv3 and Ansible from the bundle, on the Python that holds PyTorch.
+control() {
+  env PATH="$state/control/bin:$PATH" PYTHONPATH="$state/control:$engine" XDG_STATE_HOME="$details/state" "$@"
+}
+deploy() { control deploy-dsv3 --inventory "$inventory" --extra-vars "@$state/settings.json" --yes "$@"; }
+verb() {
+  local name=$1
+  shift
+  control deploy-dsv3 "$name" --inventory "$inventory" --extra-vars "@$state/settings.json" "$@"
+}
+endpoint() { python3 -c 'import json; print(json.load(open("'"$state"'/settings.json"))["node_network_address"])'; }
+
+phase_host() {
+  [[ $(id -u) == 0 ]] || die "run as root: Docker, /etc/cdi and /var/lib are written"
+  PATH=$PATH:/usr/local/nvidia/bin
+  command -v nvidia-smi >/dev/null || die "no nvidia-smi: install the driver first, or use deploy-dsv3's own roles"
+  {
+    uname -a
+    head -4 /etc/os-release
+    printf 'PID 1: %s\ncgroups: %s\n' "$(cat /proc/1/comm)" "$(stat -fc %T /sys/fs/cgroup || true)"
+    nproc
+    head -3 /proc/meminfo
+    df -h / /opt /usr/local /var /tmp /dev/shm 2>/dev/null || true
+    ls -l /dev/nvidia* /dev/infiniband 2>&1 || true
+    nvidia-smi
+    command -v python3 gcc ip iptables sudo xz curl docker dockerd systemctl || true
+    env | cut -d= -f1 | sort | tr '\n' ' '
+    echo
+    mount | grep -vE '^(proc|sysfs|tmpfs|devpts|cgroup2?|mqueue) ' || true
+  } 2>&1 | tee "$details/host.txt"
+  python3 - "$details/host.json" <<'PY'
+import datetime, importlib.metadata, json, platform, subprocess, sys
+import torch
+query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+rows = [row.split(", ") for row in subprocess.check_output(query, text=True).splitlines()]
+names = ("transformers", "triton", "safetensors", "tokenizers")
+versions = {"python": platform.python_version(), "torch": torch.__version__, "driver": rows[0][2]}
+for name in names:
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        versions[name] = "missing"
+document = {
+    "date": datetime.date.today().isoformat(),
+    "gpus": [{"name": name, "memory_mib": int(memory)} for name, memory, _ in rows],
+    "versions": versions,
+    "kernel": platform.release(),
+}
+json.dump(document, open(sys.argv[1], "w"), indent=1)
+print(json.dumps(document))
+missing = [name for name, version in versions.items() if version == "missing"]
+if missing or not torch.cuda.is_available():
+    sys.exit(f"this python3 lacks {', '.join(missing) or 'a working CUDA'}: put the one that holds PyTorch on the PATH")
+PY
+}
+
+phase_docker() { "$here/start_docker.sh" "$bundle" "$state"; }
+
+phase_gpus() { "$here/describe_gpus.sh"; }
+
+phase_model() {
+  mkdir -p "$(dirname "$model")"
+  rm -rf "$model"
+  python3 "$here/make_model.py" "$model"
+}
+
+phase_python() {
+  command -v python3 >/dev/null
+  rm -rf "$state/python" "$state/control" "$engine"
+  python3 "$here/unpack.py" "$bundle" python "$state/python"
+  mv "$state/python/engine" "$engine"
+  mv "$state/python/control" "$state/control"
+  rmdir "$state/python"
+  say "compiling bytecode of the engine's packages and of what they import"
+  python3 -m compileall -q -j 0 "$engine" || true # templates that are no Python are reported, and do no harm
+  python3 - <<'PY' || true
+# Imported by three processes one after the other at every start: worth compiling once, where it can be written.
+import compileall, importlib.util, os
+for name in ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate"):
+    spec = importlib.util.find_spec(name)
+    if spec and spec.origin and os.access(os.path.dirname(spec.origin), os.W_OK):
+        compileall.compile_dir(os.path.dirname(spec.origin), quiet=2, workers=0)
+PY
+  control deploy-dsv3 --version
+  control ansible-playbook --version | head -1
+  python3 -c 'import importlib.metadata as m, sys; sys.path.insert(0, "'"$engine"'"); print("ray", m.version("ray"), "lmdeploy", m.version("lmdeploy"))'
+}
+
+phase_image() {
+  "$here/build_image.sh" "$image"
+  say "looking at the GPU from inside"
+  docker run --rm --network host --ipc host --device nvidia.com/gpu=all \
+    --volume /opt:/opt:ro --volume /usr/local:/usr/local:ro "$image" \
+    python3 -c 'import torch, ray, lmdeploy; print(torch.cuda.get_device_name(0), torch.__version__, ray.__version__, lmdeploy.__version__)' ||
+    die "the container sees no GPU, or its python3 no PyTorch: is PyTorch outside /opt and /usr/local? (see above)"
+}
+
+# What only this machine can tell: its address, and which limits it may raise.
+phase_settings() {
+  address=$(python3 "$here/node_address.py")
+  limits='["memlock:-1:-1", "stack:67108864:67108864", "nofile:1048576:1048576"]'
+  if ! docker run --rm --network none --ulimit memlock=-1:-1 --ulimit nofile=1048576:1048576 "$image" true; then
+    say "this machine may not raise limits: the container gets those of the daemon"
+    limits='[]'
+  fi
+  printf '{"node_network_address": "%s", "engine_ulimits": %s}\n' "$address" "$limits" | tee "$state/settings.json"
+}
+
+phase_deploy() { deploy; }
+
+# The promise of every deployment: a second run changes nothing.
+phase_again() {
+  deploy --json >"$details/again.json" || die "the second run failed: see details/again.json"
+  python3 - "$details/again.json" <<'PY'
+import json, sys
+hosts = json.load(open(sys.argv[1]))["hosts"]
+changed = {host: stats["changed"] for host, stats in hosts.items() if stats["changed"]}
+if changed or not hosts:
+    sys.exit(f"the second run changed something: {changed or 'no host at all'}")
+print("changed=0 on every host")
+PY
+}
+
+phase_answer() {
+  python3 "$here/ask.py" "http://$(endpoint):23333" dsv3-small 60 | tee "$details/answer-first.json"
+  python3 "$here/ask.py" "http://$(endpoint):23333" dsv3-small 60 >"$details/answer-second.json"
+  same_answer first second
+}
+
+phase_benchmark() {
+  verb benchmark --profile smoke --tokenizer "$model" --any-batch-size --output "$details/benchmark"
+}
+
+phase_restart() {
+  docker restart --time 60 "$container"
+  python3 "$here/ask.py" "http://$(endpoint):23333" dsv3-small 300 | tee "$details/answer-restart.json"
+  same_answer first restart
+}
+
+phase_status() { verb status --json | tee "$details/deploy-status.json"; }
+
+same_answer() {
+  python3 - "$details/answer-$1.json" "$details/answer-$2.json" <<'PY'
+import json, sys
+first, second = (json.load(open(name))["text"] for name in sys.argv[1:])
+if first != second:
+    sys.exit(f"temperature 0 gave two answers: {first!r} and {second!r}")
+print("the same tokens again")
+PY
+}
+
+collect() {
+  docker logs --timestamps "$container" >"$details/engine.log" 2>&1 || true
+  docker inspect "$container" >"$details/container.json" 2>/dev/null || true
+  docker exec "$container" ray status >"$details/ray-status.txt" 2>&1 || true
+  cp -f /var/lib/deploy-dsv3/state/status.json /etc/deploy-dsv3/release.json /etc/deploy-dsv3/engine/serve.json \
+    /etc/deploy-dsv3/engine/node.json /etc/cdi/nvidia.yaml "$state/dockerd.log" "$state/settings.json" "$details/" \
+    2>/dev/null || true
+  nvidia-smi -q >"$details/nvidia-smi.txt" 2>&1 || true
+  control python3 "$here/summarise.py" "$details" || say "no summary (is the python part of the bundle there?)"
+  cp -f "$details"/summary.* "$output/" 2>/dev/null || true
+  tar --create --gzip --file "$output/details.tar.gz" --directory "$output" details
+}
+
+run_phase() {
+  local name=$1 began result=0
+  began=$(date +%s.%N)
+  printf '%s ──── %s (%d s so far)\n' "$(date +%T)" "$name" "$SECONDS"
+  bash "$here/run.sh" --single "$name" --bundle "$bundle" --output "$output" || result=$?
+  local seconds
+  seconds=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')
+  printf '%s\t%s\t%s\n' "$name" "$seconds" "$([[ $result == 0 ]] && echo passed || echo "failed ($result)")" \
+    >>"$details/phases.tsv"
+  return "$result"
+}
+
+# Whether an archive of the bundle is complete here, or no longer needed.
+have() {
+  [[ -e $state/done.$1 ]] || python3 - "$bundle" "$1" <<'PY'
+import json, pathlib, sys
+bundle, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+record = bundle / "bundle.json"
+missing = [str(record)] if not record.exists() else [
+    str(bundle / part["name"]) for part in json.loads(record.read_text()).get(name, {"parts": [{"name": f"{name}.tar.xz.00"}]})["parts"]
+    if not (bundle / part["name"]).exists()
+]
+if missing:
+    sys.exit(f"missing: {', '.join(missing)}")
+PY
+}
+
+main() {
+  mkdir -p "$state" "$details"
+  : >"$details/phases.tsv"
+  local phase result=0
+  for phase in "${prepare[@]}"; do
+    [[ -z $only || ,$only, == *,$phase,* ]] || continue
+    if [[ -e $state/done.$phase && $phase != host ]]; then
+      [[ $phase != docker ]] || "$here/start_docker.sh" "$bundle" "$state" # a daemon may have ended since
+      continue
+    fi
+    if [[ $phase == python ]] && ! have python; then
+      say "the rest needs the python part of the bundle: carry it here and run again"
+      tar --create --gzip --file "$output/details.tar.gz" --directory "$output" details
+      return 75
+    fi
+    run_phase "$phase" || { result=1; break; }
+    touch "$state/done.$phase"
+  done
+  if ((result == 0)); then
+    for phase in "${prove[@]}"; do
+      [[ -z $only || ,$only, == *,$phase,* ]] || continue
+      if ((SECONDS + longest[$phase] > deadline)) && [[ $phase != deploy ]]; then
+        say "left out for lack of time: $phase"
+        printf '%s\t0\tleft out\n' "$phase" >>"$details/phases.tsv"
+        continue
+      fi
+      run_phase "$phase" || { result=1; [[ $phase != deploy ]] || break; }
+    done
+  fi
+  collect
+  say "$([[ $result == 0 ]] && echo passed || echo FAILED) after $SECONDS s: $output"
+  return "$result"
+}
+
+if [[ -n $single ]]; then
+  "phase_$single"
+else
+  mkdir -p "$output"
+  main 2>&1 | tee "$output/run.log"
+  exit "${PIPESTATUS[0]}"
+fi
