@@ -2,11 +2,12 @@
 """Make the offline bundle: what a GPU server without internet lacks for `acceptance/run.sh`.
 
 Runs on a Debian machine that reaches package mirrors (Debian's, and a Python index), in the environment that
-deploy-dsv3 is installed in. Needs `uv`. Two archives, in parts:
+deploy-dsv3 is installed in. Needs `uv`. Three archives, in parts:
 
-    docker.tar.xz.NN   programs of the Docker engine, to be laid over /
-    python.tar.xz.NN   engine/ (LMDeploy, Ray) and control/ (deploy-dsv3, Ansible): site-packages with bin/
-    bundle.json        versions, sizes, checksums
+    docker.tar.xz.NN    programs of the Docker engine, to be laid over /
+    engine.tar.xz.NN    LMDeploy and Ray: site-packages with a bin/
+    control.tar.xz.NN   deploy-dsv3 and Ansible, likewise
+    bundle.json         versions, sizes, checksums
 
 What the server has already is left out: give `--present` the output of `python3 -m pip list --format=freeze`
 there.
@@ -28,7 +29,7 @@ import tarfile
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,14 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record |= {"made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         with tempfile.TemporaryDirectory(prefix="bundle-") as work:
-            for what in options.only or ["docker", "python"]:
+            for what in options.only or COLLECTORS:
                 tree = Path(work) / what
                 _say(f"collecting {what}")
-                versions = collect_docker(tree, options) if what == "docker" else collect_python(tree, options)
+                versions = COLLECTORS[what](tree, options)
+                _say(f"packing {_size(tree) / 1e6:.1f} MB")
                 parts = pack(tree, options.output / f"{what}.tar.xz", options.part_size)
                 record[what] = {"versions": versions, "parts": [vars(part) for part in parts]}
                 total = sum(part.size for part in parts)
-                _say(f"{what}: {total / 1e6:.1f} MB in {len(parts)} parts, {_size(tree) / 1e6:.1f} MB unpacked")
+                _say(f"{what}: {total / 1e6:.1f} MB in {len(parts)} part(s)")
     except (BundleError, subprocess.CalledProcessError) as error:
         print(f"make_bundle: {error}", file=sys.stderr)
         return 1
@@ -127,30 +129,43 @@ def collect_docker(tree: Path, options: argparse.Namespace) -> dict[str, str]:
     return versions
 
 
-def collect_python(tree: Path, options: argparse.Namespace) -> dict[str, str]:
-    """Install what the server lacks into `tree`/engine and `tree`/control; returns versions by package."""
+def collect_engine(tree: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Install LMDeploy, Ray and what the server lacks for them into `tree`; returns versions by package."""
     present = _read_present(options.present)
-    pins = [f"{name}=={version}" for name, version in present.items() if version]
-    engine = _resolve(CONTENTS["python"]["engine"], pins)
-    installed_core = importlib.metadata.version("ansible-core")
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    control = _resolve(
-        [*project["dependencies"], f"ansible-core=={installed_core}"],
-        [*pins, *(f"{name}=={version}" for name, version in engine.items() if name not in present)],
-    )
-    left_out = {*present, *CONTENTS["python"]["left_out"]["packages"]}
-    wanted_engine = {name: version for name, version in engine.items() if name not in left_out}
-    wanted_control = {name: version for name, version in control.items() if name not in {*left_out, *wanted_engine}}
-    _install(tree / "engine", wanted_engine)
-    _install(tree / "control", wanted_control)
-    _uv(["pip", "install", *_target(tree / "control"), "--no-deps", str(REPOSITORY)])
+    versions = _without(_resolve_engine(present), {*present, *CONTENTS["python"]["left_out"]["packages"]})
+    _install(tree, versions)
     for pattern in CONTENTS["python"]["left_out"]["files"]:
-        for path in (tree / "engine").glob(pattern):
+        for path in tree.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    collections = _copy_collections(tree / "control" / "ansible_collections")
-    for script in tree.glob("*/bin/*"):
-        _make_movable(script)
-    return {**wanted_engine, **wanted_control, **collections}
+    return versions
+
+
+def collect_control(tree: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Install deploy-dsv3, Ansible and what neither server nor engine has into `tree`; likewise.
+
+    They run on top of the engine's packages, so the versions of both must agree.
+    """
+    present = _read_present(options.present)
+    engine = _resolve_engine(present)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # The collections come from the `ansible` that is installed here, so its core has to fit them.
+    core = f"ansible-core=={importlib.metadata.version('ansible-core')}"
+    wanted = _resolve(
+        [*project["dependencies"], core],
+        [*_pins(present), *_pins(_without(engine, set(present)))],
+    )
+    versions = _without(wanted, {*present, *engine, *CONTENTS["python"]["left_out"]["packages"]})
+    _install(tree, versions)
+    _uv(["pip", "install", *_target(tree), "--no-deps", str(REPOSITORY)])
+    versions |= _copy_collections(tree / "ansible_collections")
+    return {project["name"]: importlib.metadata.version(project["name"]), **versions}
+
+
+COLLECTORS: dict[str, Callable[[Path, argparse.Namespace], dict[str, str]]] = {
+    "docker": collect_docker,
+    "engine": collect_engine,
+    "control": collect_control,
+}
 
 
 def pack(tree: Path, archive: Path, part_size: int) -> list[Part]:
@@ -162,6 +177,8 @@ def pack(tree: Path, archive: Path, part_size: int) -> list[Part]:
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar,
     ):
         for path in sorted(tree.rglob("*")):
+            if path.parent.name == "bin":
+                _make_movable(path)
             if "__pycache__" not in path.parts:
                 tar.add(path, arcname=str(path.relative_to(tree)), recursive=False, filter=_anonymous)
     parts: list[Part] = []
@@ -204,6 +221,18 @@ def _read_present(file: Path | None) -> dict[str, str]:
     return present
 
 
+def _resolve_engine(present: dict[str, str]) -> dict[str, str]:
+    return _resolve(CONTENTS["python"]["engine"], _pins(present))
+
+
+def _pins(versions: dict[str, str]) -> list[str]:
+    return [f"{name}=={version}" for name, version in versions.items() if version]
+
+
+def _without(versions: dict[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: version for name, version in versions.items() if name not in names}
+
+
 def _resolve(requirements: Iterable[str], constraints: Iterable[str]) -> dict[str, str]:
     """Versions that fit the server's Python and each other."""
     with tempfile.TemporaryDirectory(prefix="bundle-resolve-") as work:
@@ -224,8 +253,7 @@ def _resolve(requirements: Iterable[str], constraints: Iterable[str]) -> dict[st
 
 
 def _install(folder: Path, versions: dict[str, str]) -> None:
-    requirements = [f"{name}=={version}" for name, version in versions.items()]
-    _uv(["pip", "install", *_target(folder), "--only-binary", ":all:", "--no-deps", *requirements])
+    _uv(["pip", "install", *_target(folder), "--only-binary", ":all:", "--no-deps", *_pins(versions)])
 
 
 def _target(folder: Path) -> list[str]:
@@ -262,6 +290,8 @@ def _copy_collections(folder: Path) -> dict[str, str]:
 
 def _make_movable(script: Path) -> None:
     """Let a console script find python3 on the PATH: the one here is not the server's."""
+    if script.is_symlink():
+        return
     content = script.read_bytes()
     if content.startswith(b"#!") and b"python" in content.partition(b"\n")[0]:
         script.write_bytes(b"#!/usr/bin/env python3\n" + content.partition(b"\n")[2])
@@ -296,7 +326,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / ".bundle", help="folder (default: .bundle)")
     parser.add_argument("--present", type=Path, metavar="FILE", help="`pip list --format=freeze` of the server")
-    parser.add_argument("--only", action="append", choices=["docker", "python"], help="make only this archive")
+    parser.add_argument("--only", action="append", choices=list(COLLECTORS), help="make only this archive")
     parser.add_argument("--part-size", type=int, default=60_000_000, metavar="BYTES", help="largest part")
     parser.add_argument("--debian-mirror", metavar="URL", help="instead of the one that apt uses here")
     options = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ image=deploy-dsv3/engine:acceptance
 model=/data/models/dsv3-small
 container=lmdeploy
 # In this order; those before `deploy` are done once.
-prepare=(host docker gpus model python image settings)
+prepare=(host docker gpus model engine control image settings)
 prove=(deploy again answer benchmark restart status)
 # The longest that each may take [s]; one that would be cut off by the deadline is left out, and said so.
 declare -A longest=([deploy]=300 [again]=60 [answer]=15 [benchmark]=90 [restart]=140 [status]=15)
@@ -46,9 +46,9 @@ done
 details=$output/details
 export PYTHONUNBUFFERED=1 ANSIBLE_FORCE_COLOR=0
 
-# deploy-dsv3 and Ansible from the bundle, on the Python that holds PyTorch.
+# deploy-dsv3 of this checkout and Ansible from the bundle, on the Python that holds PyTorch.
 control() {
-  env PATH="$state/control/bin:$PATH" PYTHONPATH="$state/control:$engine" XDG_STATE_HOME="$details/state" "$@"
+  env PATH="$state/control/bin:$PATH" PYTHONPATH="$repository/python:$state/control:$engine" XDG_STATE_HOME="$details/state" "$@"
 }
 deploy() { control deploy-dsv3 --inventory "$inventory" --extra-vars "@$state/settings.json" --yes "$@"; }
 verb() {
@@ -112,26 +112,27 @@ phase_model() {
   python3 "$here/make_model.py" "$model"
 }
 
-phase_python() {
-  command -v python3 >/dev/null
-  rm -rf "$state/python" "$state/control" "$engine"
-  python3 "$here/unpack.py" "$bundle" python "$state/python"
-  mv "$state/python/engine" "$engine"
-  mv "$state/python/control" "$state/control"
-  rmdir "$state/python"
-  say "compiling bytecode of the engine's packages and of what they import"
-  python3 -m compileall -q -j 0 "$engine" || true # templates that are no Python are reported, and do no harm
+phase_engine() {
+  rm -rf "$engine"
+  python3 "$here/unpack.py" "$bundle" engine "$engine"
+  say "compiling bytecode of the engine's packages and of the largest that they import"
+  python3 -m compileall -q -j 0 "$engine" >/dev/null || true # templates among them are no Python
   python3 - <<'PY' || true
-# Imported by three processes one after the other at every start: worth compiling once, where it can be written.
+# Three processes import these one after the other at every start: worth compiling once, where it can be written.
 import compileall, importlib.util, os
 for name in ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate"):
     spec = importlib.util.find_spec(name)
     if spec and spec.origin and os.access(os.path.dirname(spec.origin), os.W_OK):
         compileall.compile_dir(os.path.dirname(spec.origin), quiet=2, workers=0)
 PY
+  PYTHONPATH=$engine python3 -c 'from importlib.metadata import version as v; print("ray", v("ray"), "lmdeploy", v("lmdeploy"))'
+}
+
+phase_control() {
+  rm -rf "$state/control"
+  python3 "$here/unpack.py" "$bundle" control "$state/control"
   control deploy-dsv3 --version
   control ansible-playbook --version | head -1
-  python3 -c 'import importlib.metadata as m, sys; sys.path.insert(0, "'"$engine"'"); print("ray", m.version("ray"), "lmdeploy", m.version("lmdeploy"))'
 }
 
 phase_image() {
@@ -205,7 +206,7 @@ collect() {
     /etc/deploy-dsv3/engine/node.json /etc/cdi/nvidia.yaml "$state/dockerd.log" "$state/settings.json" "$details/" \
     2>/dev/null || true
   nvidia-smi -q >"$details/nvidia-smi.txt" 2>&1 || true
-  control python3 "$here/summarise.py" "$details" || say "no summary (is the python part of the bundle there?)"
+  control python3 "$here/summarise.py" "$details" || say "no summary (is the control part of the bundle there?)"
   cp -f "$details"/summary.* "$output/" 2>/dev/null || true
   tar --create --gzip --file "$output/details.tar.gz" --directory "$output" details
 }
@@ -222,16 +223,18 @@ run_phase() {
   return "$result"
 }
 
-# Whether an archive of the bundle is complete here, or no longer needed.
+# Whether the archive of a phase came anew since it was unpacked.
+newer() { [[ $1 == control && $bundle/control.tar.xz.00 -nt $state/done.control ]]; }
+
+# Whether an archive of the bundle is complete here.
 have() {
-  [[ -e $state/done.$1 ]] || python3 - "$bundle" "$1" <<'PY'
+  python3 - "$bundle" "$1" <<'PY'
 import json, pathlib, sys
 bundle, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-record = bundle / "bundle.json"
-missing = [str(record)] if not record.exists() else [
-    str(bundle / part["name"]) for part in json.loads(record.read_text()).get(name, {"parts": [{"name": f"{name}.tar.xz.00"}]})["parts"]
-    if not (bundle / part["name"]).exists()
-]
+if not (bundle / "bundle.json").exists():
+    sys.exit(f"missing: {bundle / 'bundle.json'}")
+parts = json.loads((bundle / "bundle.json").read_text())[name]["parts"]
+missing = [str(bundle / part["name"]) for part in parts if not (bundle / part["name"]).exists()]
 if missing:
     sys.exit(f"missing: {', '.join(missing)}")
 PY
@@ -243,12 +246,12 @@ main() {
   local phase result=0
   for phase in "${prepare[@]}"; do
     [[ -z $only || ,$only, == *,$phase,* ]] || continue
-    if [[ -e $state/done.$phase && $phase != host ]]; then
+    if [[ -e $state/done.$phase && $phase != host ]] && ! newer "$phase"; then
       [[ $phase != docker ]] || "$here/start_docker.sh" "$bundle" "$state" # a daemon may have ended since
       continue
     fi
-    if [[ $phase == python ]] && ! have python; then
-      say "the rest needs the python part of the bundle: carry it here and run again"
+    if [[ $phase == engine || $phase == control ]] && ! have "$phase"; then
+      say "the rest needs another part of the bundle: carry it here and run again"
       tar --create --gzip --file "$output/details.tar.gz" --directory "$output" details
       return 75
     fi

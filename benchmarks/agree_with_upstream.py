@@ -76,8 +76,14 @@ def main() -> int:
         folder = Path(scratch)
         model, dataset = make_inputs(folder, max(2 * arguments.num_prompts, 100))
         server = subprocess.Popen(
-            [sys.executable, str(counterpart), "--step-ms", str(arguments.step_ms)]
-            + ["--max-batch", str(arguments.max_batch)],
+            [
+                sys.executable,
+                str(counterpart),
+                "--step-ms",
+                str(arguments.step_ms),
+                "--max-batch",
+                str(arguments.max_batch),
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -92,16 +98,35 @@ def main() -> int:
     return _compare(theirs, ours)
 
 
-def _upstream(
-    arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path
-) -> dict[str, str]:
+def _upstream(arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path) -> dict[str, str]:
     rate = ["--request-rate", str(arguments.request_rate)] if arguments.request_rate else []
     subprocess.run(
-        [arguments.upstream_python, str(arguments.upstream), "--backend", "lmdeploy", "--base-url", url]
-        + ["--dataset-name", "random", "--dataset-path", str(dataset), "--tokenizer", str(model)]
-        + ["--model-path", str(model), "--num-prompts", str(arguments.num_prompts)]
-        + ["--random-input-len", str(arguments.input_len), "--random-output-len", str(arguments.output_len)]
-        + ["--output-file", str(output), "--disable-tqdm", *rate],
+        [
+            arguments.upstream_python,
+            str(arguments.upstream),
+            "--backend",
+            "lmdeploy",
+            "--base-url",
+            url,
+            "--dataset-name",
+            "random",
+            "--dataset-path",
+            str(dataset),
+            "--tokenizer",
+            str(model),
+            "--model-path",
+            str(model),
+            "--num-prompts",
+            str(arguments.num_prompts),
+            "--random-input-len",
+            str(arguments.input_len),
+            "--random-output-len",
+            str(arguments.output_len),
+            "--output-file",
+            str(output),
+            "--disable-tqdm",
+            *rate,
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"},
@@ -109,14 +134,32 @@ def _upstream(
     return _only_row(output)
 
 
-def _ours(
-    arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path
-) -> dict[str, str]:
+def _ours(arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path) -> dict[str, str]:
     subprocess.run(
-        [sys.executable, "-m", "deploy_dsv3", "benchmark", "--base-url", url, "--profile", "custom"]
-        + ["--dataset-path", str(dataset), "--tokenizer", str(model), "--output", str(output)]
-        + ["--num-prompts", str(arguments.num_prompts), "--request-rate", str(arguments.request_rate)]
-        + ["--input-len", str(arguments.input_len), "--output-len", str(arguments.output_len)],
+        [
+            sys.executable,
+            "-m",
+            "deploy_dsv3",
+            "benchmark",
+            "--base-url",
+            url,
+            "--profile",
+            "custom",
+            "--dataset-path",
+            str(dataset),
+            "--tokenizer",
+            str(model),
+            "--output",
+            str(output),
+            "--num-prompts",
+            str(arguments.num_prompts),
+            "--request-rate",
+            str(arguments.request_rate),
+            "--input-len",
+            str(arguments.input_len),
+            "--output-len",
+            str(arguments.output_len),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -88,9 +88,7 @@ class Server:
         """Serve until cancelled."""
         self._work = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: _Connection(self), "127.0.0.1", port, backlog=_BACKLOG, ssl=tls
-        )
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", port, backlog=_BACKLOG, ssl=tls)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         if started:
             started.set()
@@ -280,9 +278,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0.0, help="time between two tokens of a stream")
     parser.add_argument("--max-batch", type=int, default=0, help="streams served at once; 0: all")
     arguments = parser.parse_args()
-    server = Server(
-        Behaviour(step_s=arguments.step_ms / 1000, max_batch=arguments.max_batch), keep_bodies=False
-    )
+    server = Server(Behaviour(step_s=arguments.step_ms / 1000, max_batch=arguments.max_batch), keep_bodies=False)
 
     async def serve() -> None:
         task = asyncio.create_task(server.serve(port=arguments.port))

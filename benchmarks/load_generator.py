@@ -81,7 +81,9 @@ def main() -> int:
     print(f"streams open at most     {max(run.timeline.open):>10,}")
     print(f"output                   {figures.output_throughput:>10,.0f} tokens/s   {tokens:.1f} × published")
     print(f"requests                 {figures.request_throughput:>10,.1f} /s         {requests:.1f} × published")
-    print(f"generator's CPU          {cpu_s / figures.duration:>10.0%} of one core, {1e6 * cpu_s / events:.1f} µs a token")
+    print(
+        f"generator's CPU          {cpu_s / figures.duration:>10.0%} of one core, {1e6 * cpu_s / events:.1f} µs a token"
+    )
     print(f"generator's peak memory  {memory_mib:>10,.0f} MiB")
     enough = min(tokens, requests) >= _TIMES and memory_mib < _MOST_MEMORY_MIB and not figures.failed
     print("enough" if enough else f"NOT enough: wanted {_TIMES} × in under {_MOST_MEMORY_MIB} MiB")

@@ -11,12 +11,14 @@ does not fail. The schema is documented in docs/reference/probe-facts.md.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -27,7 +29,8 @@ DOCUMENTATION = """
 module: dsv3_probe
 short_description: Read the state of a GPU host
 description:
-  - Reads operating system, memory, disks, network, listening ports, GPUs, HCAs and containers in one pass.
+  - Reads operating system, memory, disks, network, listening ports, GPUs, HCAs, containers and what an earlier
+    deployment left, in one pass.
   - Changes nothing, in check mode or not. What cannot be read is reported, not fatal.
 options:
   paths:
@@ -45,6 +48,20 @@ options:
       address: {description: Address to connect to., type: str, required: true}
       port: {description: TCP port to connect to., type: int, required: true}
       source: {description: Local address to connect from; any when empty., type: str}
+  model:
+    description: Folder of the model's weights, for its config.json.
+    type: str
+    default: ""
+  image:
+    description: Engine image. Where the host lacks it, its registry is asked for digest and size.
+    type: dict
+    default: {}
+    suboptions:
+      name: {description: Name with tag., type: str, required: true}
+      digest: {description: Digest it must have; empty means that of the last deploy., type: str}
+      mirrors: {description: Addresses to ask before Docker Hub., type: list, elements: str}
+      insecure: {description: Registries that speak plain HTTP., type: list, elements: str}
+      ask: {description: Ask for the tag's digest even where an image is there., type: bool}
   only:
     description: Names of the sections to read; all when empty.
     type: list
@@ -70,11 +87,65 @@ SCHEMA = 1
 NVIDIA_SMI_TIMEOUT_S = 20
 DOCKER_TIMEOUT_S = 5
 REACH_TIMEOUT_S = 3
+REGISTRY_TIMEOUT_S = 5
+COMMAND_TIMEOUT_S = 20
 NVIDIA = "0x10de"
 # PCI class codes, first four digits: VGA and 3D controllers are GPUs, "other bridge" is an NVSwitch.
 GPU_CLASSES = ("0x0300", "0x0302")
 NVSWITCH_CLASS = "0x0680"
 MANAGED_LABEL = "io.deploy-dsv3.managed"
+CONFIG = "etc/deploy-dsv3"
+KEPT = "var/lib/deploy-dsv3"
+LAST_RUNS = 5
+MODEL_CONFIG_LIMIT = 1 << 20
+# Besides CONFIG: files that roles write elsewhere, and drop-ins that change what our services do.
+FILES = (
+    "etc/apt/keyrings/deploy-dsv3-*",
+    "etc/apt/sources.list.d/deploy-dsv3-*",
+    "etc/yum.repos.d/deploy-dsv3-*",
+    "etc/systemd/system/dsv3-endpoint.service",
+    "etc/systemd/system/dsv3-endpoint.service.d/*",
+    "etc/systemd/system/docker.service.d/*",
+    "etc/cdi/*",
+)
+UNITS = (
+    "docker.service",
+    "dsv3-endpoint.service",
+    "nvidia-persistenced.service",
+    "nvidia-fabricmanager.service",
+)
+PACKAGES = (
+    "nvidia-*",
+    "libnvidia-*",
+    "cuda-drivers*",
+    "docker.io",
+    "docker-cli",
+    "docker-ce*",
+    "containerd*",
+    "haproxy",
+)
+# What hundreds of processes with pinned memory depend on, and what decides where their connections go.
+SYSCTLS = (
+    "kernel.numa_balancing",
+    "kernel.pid_max",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "net.core.rmem_max",
+    "net.core.somaxconn",
+    "net.core.wmem_max",
+    "net.ipv4.conf.all.rp_filter",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.tcp_rmem",
+    "net.ipv4.tcp_wmem",
+    "vm.max_map_count",
+    "vm.nr_hugepages",
+    "vm.overcommit_memory",
+    "vm.swappiness",
+)
+# Any other variable may be a secret: only a hash of it leaves the host.
+PLAIN_VARIABLES = ("NCCL_", "GLOO_", "RAY_", "LMDEPLOY_", "HF_HUB_", "CUDA_", "NVIDIA_", "UCX_")
+TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 CONTAINER_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -234,9 +305,7 @@ def ip_json(*arguments):
     command = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if command is None:
         return None
-    done = subprocess.run(
-        [command, "-j", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5
-    )
+    done = subprocess.run([command, "-j", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5)
     try:
         return json.loads(done.stdout.decode() or "[]") if done.returncode == 0 else None
     except ValueError:
@@ -284,9 +353,7 @@ def addresses_from_kernel(root):
             except OSError:
                 continue
             prefix = bin(struct.unpack("!I", socket.inet_aton(mask))[0]).count("1")
-            addresses[name] = [
-                {"address": address, "prefix": prefix, "family": "inet", "scope": ipv4_scope(address)}
-            ]
+            addresses[name] = [{"address": address, "prefix": prefix, "family": "inet", "scope": ipv4_scope(address)}]
     for line in read(root, "proc/net/if_inet6").splitlines():
         raw, _, prefix, scope, _, name = line.split()
         addresses.setdefault(name, []).append(
@@ -533,9 +600,7 @@ def probe_infiniband(root):
         # rdma-core also makes the directories by-ibdev and by-path there.
         "devices": [name for name in entries(files) if not os.path.isdir(os.path.join(files, name))],
         "ports": [
-            probe_port(base, device, port)
-            for device in entries(base)
-            for port in entries(base, device, "ports")
+            probe_port(base, device, port) for device in entries(base) for port in entries(base, device, "ports")
         ],
     }
 
@@ -580,8 +645,53 @@ def probe_daemon_json(root):
     return settings, ""
 
 
+def sha256(text):
+    """Return the hash of a text as `sha256:...`."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def shown_variable(name, value):
+    """Return the value of an environment variable, or its hash where it may be a secret."""
+    return value if name.startswith(PLAIN_VARIABLES) and name != TOKEN_VARIABLE else sha256(value)
+
+
+def container_config(inspect):
+    """Return how a container was made, from `docker inspect`: what a person could have made otherwise."""
+    host, config = inspect["HostConfig"], inspect["Config"]
+    variables = dict(entry.split("=", 1) for entry in config.get("Env") or [] if "=" in entry)
+    log = host.get("LogConfig") or {}
+    requests = [
+        "%s: %s" % (request.get("Driver") or "", ", ".join(request.get("DeviceIDs") or []))
+        for request in host.get("DeviceRequests") or []
+    ]
+    return {
+        "image": config.get("Image") or "",
+        "image_id": inspect.get("Image") or "",
+        "command": [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])],
+        "user": config.get("User") or "",
+        "environment": {name: shown_variable(name, value) for name, value in sorted(variables.items())},
+        "devices": sorted(device["PathOnHost"] for device in host.get("Devices") or []),
+        "device_requests": sorted(requests),
+        "mounts": sorted(host.get("Binds") or []),
+        "ulimits": sorted("%(Name)s:%(Soft)s:%(Hard)s" % limit for limit in host.get("Ulimits") or []),
+        "capabilities": sorted(host.get("CapAdd") or []),
+        "privileged": bool(host.get("Privileged")),
+        "ipc_mode": host.get("IpcMode") or "",
+        "network_mode": host.get("NetworkMode") or "",
+        "pid_mode": host.get("PidMode") or "",
+        "memory_bytes": host.get("Memory") or 0,
+        "cpus": host.get("CpusetCpus") or "",
+        "restart_policy": (host.get("RestartPolicy") or {}).get("Name") or "",
+        "log": dict(log.get("Config") or {}, driver=log.get("Type") or ""),
+        "init": bool(host.get("Init")),
+        "stop_timeout_s": config.get("StopTimeout") or 0,
+        "healthcheck": " ".join((config.get("Healthcheck") or {}).get("Test") or []),
+        "labels": dict(sorted((config.get("Labels") or {}).items())),
+    }
+
+
 def probe_docker(root):
-    """Return the Docker engine's version, data directory, daemon.json and all containers."""
+    """Return the Docker engine's version, data directory, daemon.json, images and all containers."""
     settings, error = probe_daemon_json(root)
     path = os.path.join(root, "var/run/docker.sock")
     answer = {
@@ -595,6 +705,7 @@ def probe_docker(root):
         "error": "",
         "daemon_json": settings,
         "daemon_json_error": error,
+        "images": [],
         "containers": [],
     }
     if not os.path.exists(path):
@@ -603,12 +714,16 @@ def probe_docker(root):
         answer["version"] = docker_get(path, "/version").get("Version", "")
         answer["running"] = True
         answer["root_dir"] = docker_get(path, "/info").get("DockerRootDir", "")
+        for entry in docker_get(path, "/images/json"):
+            image = {"id": entry["Id"], "size_bytes": entry.get("Size") or 0}
+            image["names"] = [*(entry.get("RepoTags") or []), *(entry.get("RepoDigests") or [])]
+            answer["images"].append(image)
         for entry in docker_get(path, "/containers/json?all=1"):
             labels = entry.get("Labels") or {}
-            started = ""
+            started, config = "", None
             if labels.get(MANAGED_LABEL) == "true":
-                state = docker_get(path, "/containers/%s/json" % entry["Id"])["State"]
-                started = state.get("StartedAt", "")
+                inspect = docker_get(path, "/containers/%s/json" % entry["Id"])
+                started, config = inspect["State"].get("StartedAt", ""), container_config(inspect)
             answer["containers"].append(
                 {
                     "name": (entry.get("Names") or ["/"])[0].lstrip("/"),
@@ -618,6 +733,7 @@ def probe_docker(root):
                     "labels": labels,
                     "state": entry.get("State", ""),
                     "started_at": started,
+                    "config": config,
                 }
             )
     except (OSError, ValueError, KeyError) as problem:
@@ -637,13 +753,209 @@ def probe_cdi(root):
     return {"specs": specs}
 
 
+def document(*parts):
+    """Return the JSON object of a file, None without one; a broken one says why under `error`."""
+    text = read(*parts)
+    if not text:
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        return {"error": str(error)}
+    return content if isinstance(content, dict) else {"error": "a JSON object is expected"}
+
+
 def probe_deployment(root):
-    """Return what a previous run of deploy-dsv3 left: its release record and endpoint configuration."""
-    release = read(root, "etc/deploy-dsv3/release.json")
+    """Return what runs of deploy-dsv3 left: records, the launcher's files and state, lock and last runs."""
+    runs = []
+    for line in read(root, KEPT, "history.jsonl").splitlines()[-LAST_RUNS:]:
+        try:
+            runs.append(json.loads(line))
+        except ValueError:
+            continue  # a write that was cut off
     return {
-        "release": json.loads(release) if release else None,
-        "endpoint": os.path.exists(os.path.join(root, "etc/deploy-dsv3/endpoint/haproxy.cfg")),
+        "release": document(root, CONFIG, "release.json"),
+        "image": document(root, CONFIG, "image.json"),
+        "node_file": document(root, CONFIG, "engine/node.json"),
+        "serve_file": document(root, CONFIG, "engine/serve.json"),
+        "manifest": document(root, CONFIG, "manifest.json"),
+        "status": document(root, KEPT, "state/status.json"),
+        "lock": document(root, KEPT, "lock.json"),
+        "runs": runs,
+        "endpoint": os.path.exists(os.path.join(root, CONFIG, "endpoint/haproxy.cfg")),
     }
+
+
+def file_state(path):
+    """Return mode, owner and hash of a file, or the target of a link."""
+    about = os.lstat(path)
+    state = {
+        "mode": "%04o" % stat.S_IMODE(about.st_mode),
+        "owner": "%d:%d" % (about.st_uid, about.st_gid),
+        "sha256": "",
+        "link": "",
+    }
+    if stat.S_ISLNK(about.st_mode):
+        state["link"] = os.readlink(path)
+    else:
+        with open(path, "rb") as handle:
+            state["sha256"] = hashlib.sha256(handle.read()).hexdigest()
+    return state
+
+
+def probe_files(root):
+    """Return the state of every file of a deployment by path; nothing but the hash of a secret."""
+    paths = [path for pattern in FILES for path in glob.glob(os.path.join(root, pattern))]
+    for folder, _, names in os.walk(os.path.join(root, CONFIG)):
+        paths += [os.path.join(folder, name) for name in names]
+    found = {}
+    for path in sorted(paths):
+        name = "/" + os.path.relpath(path, root)
+        if name != "/%s/manifest.json" % CONFIG and not os.path.isdir(path):
+            found[name] = file_state(path)
+    return found
+
+
+def run(*command):
+    """Return what a command prints, "" when it is missing; its exit status does not matter."""
+    path = shutil.which(command[0], path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if path is None:
+        return ""
+    done = subprocess.run(
+        [path, *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=COMMAND_TIMEOUT_S,
+        env=dict(os.environ, LC_ALL="C"),
+    )
+    return done.stdout.decode(errors="replace")
+
+
+def probe_units(ask=run):
+    """Return the services of a deployment that exist on this host: whether active and enabled."""
+    units = {}
+    shown = ask("systemctl", "show", "--property=Id,LoadState,ActiveState,UnitFileState", *UNITS)
+    for block in shown.split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if values.get("LoadState") in ("loaded", "masked"):
+            units[values["Id"]] = {
+                "active": values.get("ActiveState", ""),
+                "enabled": values.get("UnitFileState", ""),
+            }
+    return units
+
+
+def probe_packages(family, ask=run):
+    """Return the versions of the installed packages of interest by name."""
+    if family == "RedHat":
+        listing = ask("rpm", "-qa", "--queryformat", "%{NAME} %{VERSION}-%{RELEASE} installed\n", *PACKAGES)
+    else:
+        columns = "${Package} ${Version} ${db:Status-Status}\n"
+        listing = ask("dpkg-query", "--show", "--showformat=" + columns, *PACKAGES)
+    rows = [line.split() for line in listing.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 3 and row[2] == "installed"}
+
+
+def probe_sysctls(root):
+    """Return the kernel settings of interest that this kernel has, blanks made single."""
+    paths = {name: os.path.join(root, "proc/sys", name.replace(".", "/")) for name in SYSCTLS}
+    return {name: " ".join(read(path).split()) for name, path in paths.items() if os.path.exists(path)}
+
+
+def probe_state(root):
+    """Return the files, services, packages and kernel settings that a person could change by hand."""
+    return {
+        "files": probe_files(root),
+        "units": probe_units(),
+        "packages": probe_packages(probe_os(root)["family"]),
+        "sysctls": probe_sysctls(root),
+    }
+
+
+def probe_model(root, path):
+    """Return the numbers and names in the model's config.json; None where there is none."""
+    text = read(root, path.lstrip("/"), "config.json")
+    if not text or len(text) > MODEL_CONFIG_LIMIT:
+        return None
+    config = json.loads(text)
+    kept = {key: value for key, value in config.items() if isinstance(value, (int, float, str))}
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return dict(kept, quantization_config={"quant_method": method}) if method else kept
+
+
+def split_image(name):
+    """Return (registry, repository, tag) of an image's name as Docker reads it; "" is Docker Hub."""
+    first, slash, rest = name.partition("/")
+    registry = first if slash and ("." in first or ":" in first or first == "localhost") else ""
+    path = rest if registry else name
+    repository, colon, tag = path.rpartition(":")
+    repository, tag = (repository, tag) if colon else (path, "latest")
+    return registry, repository if registry or slash else "library/" + repository, tag
+
+
+def registry_get(url, headers):
+    """Return (headers, JSON) of a registry's answer; fetches the anonymous token that it may want first."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(url, headers=headers), timeout=REGISTRY_TIMEOUT_S) as answer:
+            return answer.headers, json.loads(answer.read().decode())
+    except HTTPError as error:
+        wish = error.headers.get("WWW-Authenticate", "")
+        if error.code != 401 or "Authorization" in headers or not wish.lower().startswith("bearer "):
+            raise
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', wish))
+    where = "%s?service=%s&scope=%s" % (fields["realm"], fields.get("service", ""), fields.get("scope", ""))
+    with urlopen(where, timeout=REGISTRY_TIMEOUT_S) as answer:
+        token = json.loads(answer.read().decode())
+    bearer = "Bearer %s" % (token.get("token") or token["access_token"])
+    return registry_get(url, dict(headers, Authorization=bearer))
+
+
+def registry_image(base, repository, reference, get=registry_get):
+    """Return (digest, bytes to download) of an image in a registry for this host's architecture."""
+    kinds = ("docker.distribution.manifest.list.v2", "docker.distribution.manifest.v2")
+    kinds += ("oci.image.index.v1", "oci.image.manifest.v1")
+    accept = {"Accept": ", ".join("application/vnd.%s+json" % kind for kind in kinds)}
+    url = "%s/v2/%s/manifests/" % (base.rstrip("/"), repository)
+    headers, manifest = get(url + reference, accept)
+    digest = headers.get("Docker-Content-Digest", "")
+    if "manifests" in manifest:
+        machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
+        fitting = [
+            entry["digest"]
+            for entry in manifest["manifests"]
+            if (entry.get("platform") or {}).get("architecture") == machine
+        ]
+        _, manifest = get(url + fitting[0], accept)
+    parts = {part["digest"]: part["size"] for part in [manifest["config"], *manifest["layers"]]}
+    return digest, sum(parts.values())
+
+
+def probe_registry(root, image, known):
+    """Return what the registry says of an image that is not among the `known` ones; None if it is there."""
+    registry, repository, tag = split_image(image["name"])
+    recorded = document(root, CONFIG, "image.json") or {}
+    digest = image.get("digest") or (recorded.get("digest") if recorded.get("name") == image["name"] else "")
+    if digest and not image.get("ask") and any(name.endswith("@" + digest) for name in known):
+        return None
+    bases = [*(image.get("mirrors") or []), "https://registry-1.docker.io"]
+    if registry:
+        bases = ["http%s://%s" % ("" if registry in (image.get("insecure") or []) else "s", registry)]
+    errors = []
+    for base in bases:
+        try:
+            found, size = registry_image(base, repository, tag if image.get("ask") else digest or tag)
+            return {"registry": base, "digest": found, "bytes": size, "error": ""}
+        except Exception as error:  # the next one may have it
+            errors.append("%s: %s" % (base, error))
+    return {"registry": "", "digest": "", "bytes": 0, "error": "; ".join(errors)}
+
+
+def known_images(facts):
+    """Return every name of every image that the section `docker` found."""
+    return [name for image in facts.get("docker", {}).get("images", []) for name in image["names"]]
 
 
 def connect(target, results, position):
@@ -671,8 +983,7 @@ def probe_reach(targets):
     """Return for each target whether its host answers, all tried at the same time."""
     results = [None] * len(targets)
     threads = [
-        threading.Thread(target=connect, args=(target, results, position))
-        for position, target in enumerate(targets)
+        threading.Thread(target=connect, args=(target, results, position)) for position, target in enumerate(targets)
     ]
     for thread in threads:
         thread.start()
@@ -711,10 +1022,14 @@ def probe(arguments, root="/", ask=ip_json):
         ("docker", lambda: {"docker": probe_docker(root)}),
         ("cdi", lambda: {"cdi": probe_cdi(root)}),
         ("deployment", lambda: {"deployment": probe_deployment(root)}),
+        ("state", lambda: {"state": probe_state(root)}),
+        ("model", lambda: {"model": probe_model(root, arguments["model"])}),
+        ("registry", lambda: {"registry": probe_registry(root, arguments["image"], known_images(facts))}),
         ("reach", lambda: {"reach": probe_reach(arguments.get("reach") or [])}),
     ]
+    options = {"reach": "reach", "model": "model", "registry": "image"}
     for name, section in sections:
-        if (only and name not in only) or (name == "reach" and not arguments.get("reach")):
+        if (only and name not in only) or (name in options and not arguments.get(options[name])):
             continue
         try:
             facts.update(section())

@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deploy_dsv3 import inventory_text
+from yaml import YAMLError
+
+from deploy_dsv3 import inventory_syntax, inventory_text
 from deploy_dsv3.errors import ConfigError, ConfigErrors, config_error
 from deploy_dsv3.inventory import (
     COMMAND_LINE,
@@ -299,10 +301,12 @@ class Loader:
                 path = str(Path(file).expanduser().absolute())
                 data = loader.load_from_file(path, cache="none", trusted_as_template=True) or {}
             elif text.startswith(("{", "[")):
+                if inventory_syntax.too_deep(text):
+                    raise ValueError("it is nested too deeply")
                 data = loader.load(_tagged(text))
             else:
                 data = parse_kv(_tagged(text))
-        except (AnsibleError, ValueError, TypeError, OSError, RecursionError) as error:
+        except (AnsibleError, YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
             raise config_error(
                 f"-e cannot be read: {_message(error)}",
                 file=file,

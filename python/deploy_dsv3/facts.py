@@ -182,6 +182,43 @@ class Infiniband(Section):
     ports: tuple[HcaPort, ...] = Field((), description="Every port of every HCA")
 
 
+class ContainerConfig(Section):
+    """How a container was made, from `docker inspect`."""
+
+    image: str = Field("", description="Image as it was asked for")
+    image_id: str = Field("", description="Image ID")
+    command: tuple[str, ...] = Field((), description="Entrypoint and command")
+    user: str = Field("", description="User, empty for the image's")
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="Environment; `sha256:` and a hash where a value may be a secret"
+    )
+    devices: tuple[str, ...] = Field((), description="Device files")
+    device_requests: tuple[str, ...] = Field((), description="Devices by driver, `cdi: nvidia.com/gpu=all`")
+    mounts: tuple[str, ...] = Field((), description="Mounts, `/host:/container:ro`")
+    ulimits: tuple[str, ...] = Field((), description="Limits, `name:soft:hard`")
+    capabilities: tuple[str, ...] = Field((), description="Added capabilities")
+    privileged: bool = Field(False, description="Whether it runs privileged")
+    ipc_mode: str = Field("", description="IPC namespace")
+    network_mode: str = Field("", description="Network namespace")
+    pid_mode: str = Field("", description="PID namespace")
+    memory_bytes: int = Field(0, description="Memory limit [bytes], 0 for none")
+    cpus: str = Field("", description="CPUs it is held to, empty for all")
+    restart_policy: str = Field("", description="Restart policy")
+    log: dict[str, str] = Field(default_factory=dict, description="Log driver and its options")
+    init: bool = Field(False, description="Whether it has Docker's init")
+    stop_timeout_s: int = Field(0, description="Time to stop before it is killed [seconds], 0 for Docker's default")
+    healthcheck: str = Field("", description="Command of its health check")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels")
+
+
+class Image(Section):
+    """One Docker image."""
+
+    id: str = Field(description="Image ID")
+    names: tuple[str, ...] = Field((), description="Tags and digests, `name:tag` and `name@sha256:…`")
+    size_bytes: int = Field(0, description="Size on disk [bytes]")
+
+
 class Container(Section):
     """One Docker container, running or not."""
 
@@ -192,6 +229,7 @@ class Container(Section):
     labels: dict[str, str] = Field(default_factory=dict, description="Labels")
     state: str = Field("", description="`running`, `exited`, …")
     started_at: str = Field("", description="Start time (RFC 3339) of a container that deploy-dsv3 manages")
+    config: ContainerConfig | None = Field(None, description="How a container that deploy-dsv3 manages was made")
 
 
 class Docker(Section):
@@ -204,6 +242,7 @@ class Docker(Section):
     error: str = Field("", description="What asking it ended with, empty when it went well")
     daemon_json: dict[str, Any] | None = Field(None, description="Content of daemon.json, null without the file")
     daemon_json_error: str = Field("", description="Why daemon.json could not be read")
+    images: tuple[Image, ...] = Field((), description="All images")
     containers: tuple[Container, ...] = Field((), description="All containers")
 
 
@@ -214,10 +253,55 @@ class Cdi(Section):
 
 
 class Deployed(Section):
-    """What an earlier run left on the host."""
+    """What earlier runs left on the host. A file that is not JSON is an object with `error`."""
 
-    release: dict[str, Any] | None = Field(None, description="Its release record, null when there is none")
-    endpoint: bool = Field(False, description="Whether it configured the client endpoint here")
+    release: dict[str, Any] | None = Field(None, description="release.json, null when there is none")
+    image: dict[str, Any] | None = Field(None, description="image.json: name and digest of the last deploy")
+    node_file: dict[str, Any] | None = Field(None, description="engine/node.json: what the launcher is told")
+    serve_file: dict[str, Any] | None = Field(None, description="engine/serve.json: the serving command (head)")
+    manifest: dict[str, Any] | None = Field(None, description="manifest.json: what the last finished deploy made")
+    status: dict[str, Any] | None = Field(None, description="The launcher's own state")
+    lock: dict[str, Any] | None = Field(None, description="The run that changes this deployment now (head)")
+    runs: tuple[dict[str, Any], ...] = Field((), description="The last runs, oldest first (head)")
+    endpoint: bool = Field(False, description="Whether the client endpoint is configured here")
+
+
+class FileState(Section):
+    """A file's content and rights."""
+
+    mode: str = Field("", description="Permissions in octal, `0644`")
+    owner: str = Field("", description="User and group ID, `0:0`")
+    sha256: str = Field("", description="SHA-256 of the content, empty for a link")
+    link: str = Field("", description="Target of a link")
+
+
+class UnitState(Section):
+    """A systemd service."""
+
+    active: str = Field("", description="`active`, `inactive`, `failed`, …")
+    enabled: str = Field("", description="`enabled`, `disabled`, `masked`, …")
+
+
+class State(Section):
+    """What a deployment made or depends on, and a person could change by hand."""
+
+    files: dict[str, FileState] = Field(
+        default_factory=dict, description="Files below /etc/deploy-dsv3 and those that roles write elsewhere, by path"
+    )
+    units: dict[str, UnitState] = Field(default_factory=dict, description="Services that exist, by name")
+    packages: dict[str, str] = Field(
+        default_factory=dict, description="Versions of installed packages (driver, Docker, proxy), by name"
+    )
+    sysctls: dict[str, str] = Field(default_factory=dict, description="Kernel settings by name")
+
+
+class Registry(Section):
+    """What an image's registry says."""
+
+    registry: str = Field("", description="Address that answered, empty when none did")
+    digest: str = Field("", description="Digest")
+    bytes: int = Field(0, description="Compressed size, which is what a pull downloads at most [bytes]")
+    error: str = Field("", description="Why none answered")
 
 
 class Reach(Section):
@@ -264,6 +348,9 @@ class HostFacts(Section):
     docker: Docker = Field(default_factory=Docker, description="Docker engine")
     cdi: Cdi = Field(default_factory=Cdi, description="Container Device Interface")
     deployment: Deployed = Field(default_factory=Deployed, description="Earlier deployment")
+    state: State | None = Field(None, description="What a person could change by hand; null where it was not read")
+    model: dict[str, Any] | None = Field(None, description="Numbers and names of the model's config.json")
+    registry: Registry | None = Field(None, description="The engine image's registry; null where it was not asked")
     reach: tuple[Reach, ...] = Field((), description="Connections that were tried")
     clock: Clock | None = Field(None, description="Clock offset; null where it was not measured")
 
@@ -363,6 +450,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(part) for part in arguments)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
+    if origin is dict and arguments[1] is not Any:
+        return f"object of {_type_name(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     names = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}

@@ -18,10 +18,14 @@ from deploy_dsv3.errors import ConfigError
 
 #: Nodes after all YAML aliases are followed; far beyond any real inventory ("billion laughs").
 MAX_YAML_NODES = 200_000
+#: Deeper YAML is no inventory, and from some ten thousand levels on libyaml overflows the stack.
+MAX_YAML_DEPTH = 100
 
 # As Ansible's INI plugin has it, ansible/plugins/inventory/ini.py, InventoryModule._compile_patterns.
 _SECTION = re.compile(r"^\[([^:\]\s]+)(?::(\w+))?\]\s*(?:#.*)?$")
 _HOST = re.compile(r"^[A-Za-z0-9_.\-:\[\]]+$")
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 #: Called with line number, name, and what it names: tells if it was there before.
 _Once = Callable[[int, str, str], None]
@@ -42,17 +46,43 @@ def empty(path: Path) -> ConfigError:
     )
 
 
+def too_deep(text: str) -> int | None:
+    """The line at which YAML is nested too deeply to be composed; None if it never is.
+
+    Raises:
+        yaml.YAMLError: it is not valid.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_YAML_DEPTH:
+                return event.start_mark.line + 1 if event.start_mark else 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+    return None
+
+
 def check_yaml(path: Path, text: str, *, variables: bool) -> list[ConfigError]:
     """Syntax, repeated keys, more than one document, and aliases that blow up or contain themselves."""
     try:
-        node = yaml.compose(text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
+        if line := too_deep(text):
+            return [
+                ConfigError(
+                    message="this YAML is nested too deeply",
+                    file=str(path),
+                    line=line,
+                    expected=f"at most {MAX_YAML_DEPTH} levels",
+                    remedy="Look for brackets that are not closed.",
+                )
+            ]
+        node = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = error.problem or str(error)
         line = mark.line + 1 if mark else None
         lines = text.splitlines()
-        # The scanner names a tab where it trips over it; inside of an indentation it only sees a wrong
-        # column.
+        # libyaml does not say that the character it trips over is a tab.
         if "'\\t'" in problem or (line and line <= len(lines) and re.match(r" *\t", lines[line - 1])):
             return [
                 ConfigError(
@@ -156,7 +186,7 @@ def check_ini(path: Path, text: str) -> list[ConfigError]:
                 error(
                     number,
                     f"this line of [{group}:vars] is not a variable",
-                    found=line if not found else "no name before '='",
+                    found=line.split()[0] if not found else "no name before '='",
                     expected="name=value",
                     remedy="Write name=value; with YAML's 'name: value' use a .yml inventory or group_vars.",
                 )
@@ -184,7 +214,8 @@ def _check_host_line(line: str, number: int, error: _Report, once: _Once) -> Non
     try:
         tokens = shlex.split(line, comments=True)
     except ValueError as problem:
-        error(number, f"this host line cannot be read: {problem}", found=line, remedy="Close the quotes.")
+        # Not the whole line: it may hold a password.
+        error(number, f"this host line cannot be read: {problem}", found=line.split()[0], remedy="Close the quotes.")
         return
     if not tokens:
         return
@@ -276,10 +307,7 @@ def _check_nodes(path: Path, root: yaml.Node) -> list[ConfigError]:
         sizes[key] = size
         return size
 
-    try:
-        size = visit(root)
-    except RecursionError:
-        return [ConfigError(message="this YAML is nested too deeply", file=str(path), remedy="Flatten it.")]
+    size = visit(root)
     if size > MAX_YAML_NODES:
         errors.append(
             ConfigError(

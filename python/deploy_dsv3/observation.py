@@ -129,8 +129,17 @@ def look(
         settings: each host's settings by name.
         deep: also what takes seconds on a host, see `deploy_dsv3.observer.observe`.
     """
+    return ask(connections, {host: command(settings[host], deep=deep) for host in connections})
+
+
+def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str]) -> dict[str, Observation]:
+    """Run a command on each host, all at the same time; what it prints last is the JSON that was seen.
+
+    Args:
+        connections: as `connections` gives them.
+        commands: a shell command for each of these hosts, such as `carried` gives.
+    """
     variables = {host: dict(found) for host, found in connections.items()}
-    commands = {host: command(settings[host], deep=deep) for host in variables}
     by_ansible = [host for host, found in variables.items() if _needs_ansible(found)]
     plain = [host for host in variables if host not in by_ansible]
     with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as folder:
@@ -152,23 +161,34 @@ def look(
 
 
 def command(settings: Mapping[str, Any], *, deep: bool) -> str:
-    """The shell command that prints a host's observation as one line of JSON, as root.
-
-    It carries the observer in itself, so nothing has to be installed on the host. Base64 keeps it safe from
-    every shell on the way, and from Ansible, which would take braces for a template.
-    """
+    """The shell command that prints a host's observation as one line of JSON, as root."""
     request = {
         "container": settings["engine_container_name"],
         "cdi_spec_path": settings["nvidia_container_toolkit_cdi_spec_path"],
         "deep": deep,
-        "probe": (content.playbooks() / "library" / "dsv3_probe.py").read_text(encoding="utf-8"),
-        "observer": Path(observer.__file__).read_text(encoding="utf-8"),
+        "probe": module("dsv3_probe"),
     }
-    packed = base64.b64encode(zlib.compress(json.dumps(request).encode(), 9)).decode()
+    return carried(Path(observer.__file__).read_text(encoding="utf-8"), "observe", request)
+
+
+def module(name: str) -> str:
+    """The source of one of our Ansible modules that needs nothing but Python."""
+    return (content.playbooks() / "library" / f"{name}.py").read_text(encoding="utf-8")
+
+
+def carried(source: str, function: str, request: Mapping[str, Any]) -> str:
+    """The shell command that calls a function of a Python source as root and prints its result as JSON.
+
+    It carries the source in itself, so nothing has to be installed on the host. Base64 keeps it safe from
+    every shell on the way, and from Ansible, which would take braces for a template. Not for secrets: every
+    user of the host can see a command.
+    """
+    whole = json.dumps({"source": source, "function": function, "request": request})
+    packed = base64.b64encode(zlib.compress(whole.encode(), 9)).decode()
     program = (
         "import base64,json,zlib;"
         f'r=json.loads(zlib.decompress(base64.b64decode("{packed}")));'
-        'n={"__name__":"observer"};exec(r["observer"],n);print(json.dumps(n["observe"](r)))'
+        'n={"__name__":"carried"};exec(r["source"],n);print(json.dumps(n[r["function"]](r["request"])))'
     )
     return (
         'become=; [ "$(id -u)" = 0 ] || become="sudo -n"; '

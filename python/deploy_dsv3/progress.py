@@ -155,7 +155,7 @@ class TerminalProgress:
         self._console = Console(file=stream)
         self._rows = {host: _Row() for host in hosts}
         self._stage = ""
-        self._title = ""
+        self._title = "starting"
         self._since = clock.time()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True)
 
@@ -224,7 +224,7 @@ class TerminalProgress:
             f"[{style}]{mark}[/] {self._stage:<12} {duration(time - self._since):>7}  [dim]{detail}[/]",
             highlight=False,
         )
-        self._stage = ""
+        self._stage = self._title = ""
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -238,7 +238,9 @@ class TerminalProgress:
             "running": "cyan",
         }
         now = clock.time()
-        title = f"{self._stage}: {self._title}  {duration(now - self._since)}" if self._stage else "starting"
+        title = self._title
+        if self._stage:
+            title = f"{self._stage}: {title}  {duration(now - self._since)}"
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column, width in (("host", None), ("state", 14), ("time", 7), ("task", None)):
             table.add_column(column, width=width, no_wrap=True, header_style="dim")

@@ -87,16 +87,12 @@ def test_broken_port_is_the_only_difference(profile: str, broken: str, found: tu
 def test_missing_gpu_keeps_the_others_in_their_slots() -> None:
     machine = described("gpu-missing")
     assert [gpu["index"] for gpu in machine["gpus"] if not gpu["present"]] == [6]
-    assert [gpu["pci_slot"] for gpu in machine["gpus"]] == [
-        gpu["pci_slot"] for gpu in described("h800-ib")["gpus"]
-    ]
+    assert [gpu["pci_slot"] for gpu in machine["gpus"]] == [gpu["pci_slot"] for gpu in described("h800-ib")["gpus"]]
 
 
 def test_profile_of_ones_own_extends_one_of_the_lab(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
-    path.write_text(
-        "extends: h800-ib\ndescription: mine\ngpus: {memory_mib: 1000}\nhcas: {names: [mlx5_bond_0]}\n"
-    )
+    path.write_text("extends: h800-ib\ndescription: mine\ngpus: {memory_mib: 1000}\nhcas: {names: [mlx5_bond_0]}\n")
     machine = described(str(path))
     assert machine["gpus"][0]["memory_mib"] == 1000
     assert machine["gpus"][0]["name"] == "NVIDIA H800"

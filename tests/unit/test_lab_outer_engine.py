@@ -73,9 +73,7 @@ def test_private_engine_is_started_where_none_can(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", ["running", "private"])
-def test_labs_stay_on_the_engine_they_were_made_on(
-    monkeypatch: pytest.MonkeyPatch, paths: LabPaths, kind: str
-) -> None:
+def test_labs_stay_on_the_engine_they_were_made_on(monkeypatch: pytest.MonkeyPatch, paths: LabPaths, kind: str) -> None:
     engine = RunningEngine(host="unix:///first.sock") if kind == "running" else PrivateEngine(paths=paths)
     outer_engine.remember(paths, engine)
     answering(monkeypatch, info())

@@ -72,16 +72,12 @@ def test_nvidia_smi_takes_options_as_the_real_one(arguments: list[str], options:
         ("blacklist nouveau_vieux\n", False),
     ],
 )
-def test_module_is_forbidden_by_modprobe_d(
-    kernel: ModuleType, tmp_path: Path, text: str, forbidden: bool
-) -> None:
+def test_module_is_forbidden_by_modprobe_d(kernel: ModuleType, tmp_path: Path, text: str, forbidden: bool) -> None:
     (tmp_path / "gpu.conf").write_text(text)
     assert kernel.blacklisted("nouveau", tmp_path / "missing", tmp_path) is forbidden
 
 
-def test_newest_built_driver_is_loaded(
-    kernel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newest_built_driver_is_loaded(kernel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "DKMS", tmp_path)
     assert kernel.built_driver() is None
     release = kernel.os.uname().release

@@ -492,6 +492,11 @@ def test_the_status_file_is_left_alone_while_nothing_changes(status: Any) -> Non
     assert status.path.stat().st_mtime_ns == first
 
 
+def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher.Status(path=tmp_path / "absent" / "status.json", role="head").write()
+    assert "cannot be written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("role", "phase", "age", "well"),
     [

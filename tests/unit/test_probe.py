@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import modules
 import pytest
@@ -76,12 +76,20 @@ def test_the_module_takes_its_arguments_from_a_file(tmp_path: Path) -> None:
     assert "network" not in facts
 
 
-def test_the_model_knows_every_field_and_the_probe_reads_every_field() -> None:
+def test_the_model_knows_every_field_and_the_probe_reads_every_field(tmp_path: Path) -> None:
     """Compare key by key, as far as this machine has something in each list."""
+    write(tmp_path, {"config.json": '{"model_type": "deepseek_v3"}'})
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         facts = as_script(
-            json.dumps({"paths": ["/"], "reach": [{"host": "x", "address": "127.0.0.1", "port": port}]})
+            json.dumps(
+                {
+                    "paths": ["/"],
+                    "reach": [{"host": "x", "address": "127.0.0.1", "port": port}],
+                    "model": str(tmp_path),
+                    "image": {"name": "127.0.0.1:1/engine", "insecure": ["127.0.0.1:1"]},
+                }
+            )
         )
     facts["clock"] = {"offset_low": 0, "offset_high": 0}  # the controller's part
     assert load_facts(facts).reach[0].reachable
@@ -96,6 +104,8 @@ def differences(model: type[Section], data: dict[str, Any], where: str = "") -> 
     for name in fields.keys() & data.keys():
         value = data[name][0] if isinstance(data[name], list) and data[name] else data[name]
         annotation = fields[name].annotation
+        if get_origin(annotation) is dict:  # the keys are data
+            value = next(iter(value.values()), None)
         parts = [annotation, *get_args(annotation)]
         nested = [part for part in parts if isinstance(part, type) and issubclass(part, Section)]
         if nested and isinstance(value, dict):
@@ -190,9 +200,7 @@ def test_one_unreadable_section_does_not_hide_the_others(tmp_path: Path) -> None
 
 
 def test_a_host_without_anything_is_read(tmp_path: Path) -> None:
-    facts = probe.probe(
-        {"only": ["pci", "driver", "infiniband", "docker", "cdi", "listening"]}, str(tmp_path)
-    )
+    facts = probe.probe({"only": ["pci", "driver", "infiniband", "docker", "cdi", "listening"]}, str(tmp_path))
     assert facts["errors"] == {}
     host = load_facts(facts)
     assert host.gpu_count == 0 and host.infiniband.ports == () and not host.docker.installed
@@ -406,8 +414,7 @@ def test_listeners_with_container_and_unit(tmp_path: Path) -> None:
             "proc/net/tcp": header
             + row.format(local="0100007F:18EB", state="0A", inode=111)
             + row.format(local="0100007F:9999", state="01", inode=112),
-            "proc/net/tcp6": header
-            + row.format(local="00000000000000000000000000000000:1F40", state="0A", inode=113),
+            "proc/net/tcp6": header + row.format(local="00000000000000000000000000000000:1F40", state="0A", inode=113),
             "proc/77/comm": "gcs_server",
             "proc/77/cgroup": f"1:cpu:/other\n0::/system.slice/docker-{OURS}.scope\n",
             "proc/77/fd/": "",
@@ -544,7 +551,14 @@ def test_docker(tmp_path: Path) -> None:
             "/version": {"Version": "28.4.0"},
             "/info": {"DockerRootDir": "/var/lib/docker"},
             "/containers/json?all=1": listed,
-            f"/containers/{OURS}/json": {"State": {"StartedAt": "2026-01-02T03:04:05.6Z"}},
+            "/images/json": [
+                {"Id": "sha256:1", "RepoTags": None, "RepoDigests": ["openmmlab/lmdeploy@sha256:a"], "Size": 9}
+            ],
+            f"/containers/{OURS}/json": {
+                "State": {"StartedAt": "2026-01-02T03:04:05.6Z"},
+                "HostConfig": {},
+                "Config": {},
+            },
         },
     )
     assert found["error"] == ""
@@ -556,7 +570,8 @@ def test_docker(tmp_path: Path) -> None:
         "running",
         "2026-01-02T03:04:05.6Z",
     )
-    assert (other["name"], other["labels"], other["started_at"]) == ("db", {}, "")
+    assert (other["name"], other["labels"], other["started_at"], other["config"]) == ("db", {}, "", None)
+    assert found["images"] == [{"id": "sha256:1", "names": ["openmmlab/lmdeploy@sha256:a"], "size_bytes": 9}]
     assert load_facts({"schema": 1, "docker": found}).docker.containers[0].image_id == "sha256:1"
 
 
@@ -586,7 +601,200 @@ def test_cdi_and_what_a_run_left(tmp_path: Path) -> None:
         },
     )
     assert probe.probe_cdi(str(tmp_path)) == {"specs": ["/etc/cdi/nvidia.yaml", "/var/run/cdi/nvidia.json"]}
-    assert probe.probe_deployment(str(tmp_path)) == {"release": {"schema": 1}, "endpoint": True}
+    left = probe.probe_deployment(str(tmp_path))
+    assert left.pop("release") == {"schema": 1}
+    assert left.pop("endpoint") is True
+    assert left.pop("runs") == []
+    assert set(left.values()) == {None}
+
+
+def test_what_runs_left_is_told_though_a_file_is_broken(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "etc/deploy-dsv3/manifest.json": '{"schema": 1',
+            "etc/deploy-dsv3/image.json": "[]",
+            "var/lib/deploy-dsv3/history.jsonl": "".join(f'{{"run": "{number}"}}\n' for number in range(9)) + '{"ru',
+        },
+    )
+    left = probe.probe_deployment(str(tmp_path))
+    assert "delimiter" in left["manifest"]["error"] and "object" in left["image"]["error"]
+    assert [run["run"] for run in left["runs"]] == ["5", "6", "7", "8"]
+
+
+INSPECT = {
+    "Image": "sha256:1",
+    "Config": {
+        "Image": "openmmlab/lmdeploy@sha256:a",
+        "Entrypoint": [],
+        "Cmd": ["python3", "/etc/deploy-dsv3/engine/launcher.py", "run"],
+        "Env": ["NCCL_IB_HCA==mlx5_0:1", "S3_KEY=very-secret", "RAY_AUTH_TOKEN=very-secret", "BROKEN"],
+        "Labels": {"io.deploy-dsv3.managed": "true"},
+        "Healthcheck": {"Test": ["CMD", "true"]},
+        "StopTimeout": 60,
+    },
+    "HostConfig": {
+        "Binds": ["/b:/b:ro", "/a:/a"],
+        "Devices": [{"PathOnHost": "/dev/infiniband/uverbs0"}],
+        "DeviceRequests": [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}],
+        "Ulimits": [{"Name": "memlock", "Soft": -1, "Hard": -1}],
+        "CapAdd": ["IPC_LOCK"],
+        "CapDrop": None,
+        "RestartPolicy": {"Name": "unless-stopped"},
+        "LogConfig": {"Type": "json-file", "Config": {"max-size": "100m"}},
+    },
+}
+
+
+def test_how_a_container_was_made() -> None:
+    config = probe.container_config(INSPECT)
+    assert (config["mounts"], config["devices"]) == (["/a:/a", "/b:/b:ro"], ["/dev/infiniband/uverbs0"])
+    assert (config["ulimits"], config["device_requests"]) == (["memlock:-1:-1"], ["cdi: nvidia.com/gpu=all"])
+    assert (config["restart_policy"], config["privileged"]) == ("unless-stopped", False)
+    assert config["log"] == {"driver": "json-file", "max-size": "100m"}
+    assert config["environment"]["NCCL_IB_HCA"] == "=mlx5_0:1"
+
+
+def test_no_secret_of_a_containers_environment_leaves_the_host() -> None:
+    config = probe.container_config(INSPECT)
+    assert "very-secret" not in json.dumps(config)
+    assert config["environment"]["S3_KEY"] == probe.sha256("very-secret")
+
+
+def test_files_that_a_person_could_change(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "etc/deploy-dsv3/engine/secrets/ray_token": "token",
+            "etc/deploy-dsv3/manifest.json": "{}",
+            "etc/deploy-dsv3/endpoint/": "",
+            "etc/systemd/system/dsv3-endpoint.service.d/mine.conf": "",
+            "etc/systemd/system/other.service": "",
+        },
+    )
+    (tmp_path / "etc/deploy-dsv3/endpoint/tls.crt").symlink_to("/etc/ssl/a.pem")
+    (tmp_path / "etc/deploy-dsv3/engine/secrets/ray_token").chmod(0o600)
+    found = probe.probe_files(str(tmp_path))
+    assert list(found) == [
+        "/etc/deploy-dsv3/endpoint/tls.crt",
+        "/etc/deploy-dsv3/engine/secrets/ray_token",
+        "/etc/systemd/system/dsv3-endpoint.service.d/mine.conf",
+    ]
+    assert found["/etc/deploy-dsv3/endpoint/tls.crt"]["link"] == "/etc/ssl/a.pem"
+    token = found["/etc/deploy-dsv3/engine/secrets/ray_token"]
+    assert token["mode"] == "0600" and f"sha256:{token['sha256']}" == probe.sha256("token")
+
+
+def test_units_that_exist() -> None:
+    shown = (
+        "Id=docker.service\nLoadState=loaded\nActiveState=active\nUnitFileState=enabled\n\n"
+        "Id=dsv3-endpoint.service\nLoadState=masked\nActiveState=inactive\nUnitFileState=masked\n\n"
+        "Id=nvidia-fabricmanager.service\nLoadState=not-found\nActiveState=inactive\nUnitFileState=\n"
+    )
+    assert probe.probe_units(lambda *_: shown) == {
+        "docker.service": {"active": "active", "enabled": "enabled"},
+        "dsv3-endpoint.service": {"active": "inactive", "enabled": "masked"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "program", "listing", "expected"),
+    [
+        ("Debian", "dpkg-query", "haproxy 3.0.11-1 installed\ndocker.io 26.1 config-files\n", {"haproxy": "3.0.11-1"}),
+        ("RedHat", "rpm", "haproxy 2.4.22-3.el9 installed\n", {"haproxy": "2.4.22-3.el9"}),
+        ("Debian", "dpkg-query", "", {}),
+    ],
+)
+def test_packages(family: str, program: str, listing: str, expected: dict[str, str]) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return listing
+
+    assert probe.probe_packages(family, ask) == expected
+    assert asked[0][0] == program
+
+
+def test_kernel_settings_are_told_with_single_blanks(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/sys/net/ipv4/ip_local_port_range": "32768\t60999\n"})
+    assert probe.probe_sysctls(str(tmp_path)) == {"net.ipv4.ip_local_port_range": "32768 60999"}
+
+
+def test_the_models_numbers(tmp_path: Path) -> None:
+    config = {"vocab_size": 129280, "rope_scaling": {"x": 1}, "quantization_config": {"quant_method": "fp8", "y": 2}}
+    write(tmp_path, {"data/model/config.json": json.dumps(config)})
+    assert probe.probe_model(str(tmp_path), "/data/model") == {
+        "vocab_size": 129280,
+        "quantization_config": {"quant_method": "fp8"},
+    }
+    assert probe.probe_model(str(tmp_path), "/nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("openmmlab/lmdeploy:latest-cu12", ("", "openmmlab/lmdeploy", "latest-cu12")),
+        ("ubuntu", ("", "library/ubuntu", "latest")),
+        ("registry.example:5000/a/b:1", ("registry.example:5000", "a/b", "1")),
+        ("localhost/engine", ("localhost", "engine", "latest")),
+    ],
+)
+def test_names_of_images(name: str, parts: tuple[str, str, str]) -> None:
+    assert probe.split_image(name) == parts
+
+
+class RegistryApi(DockerApi):
+    """A registry that wants an anonymous token, with an image for two architectures."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/v2/") and self.headers.get("Authorization") != "Bearer t":
+            self.send_response(401)
+            realm = f"http://127.0.0.1:{self.server.server_address[1]}/token"
+            self.send_header("WWW-Authenticate", f'Bearer realm="{realm}",service="r",scope="s"')
+            self.end_headers()
+            return
+        super().do_GET()
+
+
+@pytest.fixture
+def registry() -> Iterator[str]:
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    layers = [
+        {"digest": "sha256:l1", "size": 100},
+        {"digest": "sha256:l2", "size": 20},
+        {"digest": "sha256:l1", "size": 100},
+    ]
+    RegistryApi.answers = {
+        "/token?service=r&scope=s": {"token": "t"},
+        "/v2/a/b/manifests/1": {
+            "manifests": [
+                {"digest": "sha256:other", "platform": {"architecture": "mips"}},
+                {"digest": "sha256:mine", "platform": {"architecture": machine}},
+            ]
+        },
+        "/v2/a/b/manifests/sha256:mine": {"config": {"digest": "sha256:c", "size": 3}, "layers": layers},
+    }
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RegistryApi) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_registry_tells_what_a_pull_would_download(tmp_path: Path, registry: str) -> None:
+    asked = {"name": f"{registry}/a/b:1", "insecure": [registry]}
+    found = probe.probe_registry(str(tmp_path), asked, [])
+    assert (found["registry"], found["bytes"], found["error"]) == (f"http://{registry}", 123, "")
+
+
+def test_no_registry_is_asked_for_an_image_that_is_there(tmp_path: Path) -> None:
+    write(tmp_path, {"etc/deploy-dsv3/image.json": '{"name": "127.0.0.1:1/a:1", "digest": "sha256:d"}'})
+    asked = {"name": "127.0.0.1:1/a:1", "insecure": ["127.0.0.1:1"]}
+    assert probe.probe_registry(str(tmp_path), asked, ["127.0.0.1:1/a@sha256:d"]) is None
+    missing = probe.probe_registry(str(tmp_path), {**asked, "name": "127.0.0.1:1/a:2"}, ["127.0.0.1:1/a@sha256:d"])
+    assert missing["digest"] == "" and "refused" in missing["error"]
 
 
 def test_disks_of_missing_paths_are_those_of_their_parents(tmp_path: Path) -> None:

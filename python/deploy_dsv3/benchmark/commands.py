@@ -41,33 +41,21 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--base-url", metavar="URL", help="Measure this endpoint instead of an inventory's.")
 @click.option("--api-key-file", type=_FILE, metavar="FILE", help="File with the API key (with --base-url).")
 @click.option("--ca-file", type=_FILE, metavar="FILE", help="CA that signed the endpoint's certificate.")
-@click.option(
-    "--model", metavar="NAME", default="", help="Model to ask for; the first one served if not given."
-)
+@click.option("--model", metavar="NAME", default="", help="Model to ask for; the first one served if not given.")
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="PATH",
     help="The model's folder or tokenizer.json, for exact prompt lengths; by default the head's.",
 )
-@click.option(
-    "--profile", metavar="NAME", default="published", show_default=True, help="published, smoke or custom."
-)
-@click.option(
-    "--rows", metavar="ROWS", default="", help="Rows by number or output length: 1-4, 1,6, out8192."
-)
+@click.option("--profile", metavar="NAME", default="published", show_default=True, help="published, smoke or custom.")
+@click.option("--rows", metavar="ROWS", default="", help="Rows by number or output length: 1-4, 1,6, out8192.")
 @click.option("--num-prompts", type=int, metavar="N", help="Requests a row.")
 @click.option("--input-len", type=int, metavar="TOKENS", help="Nominal prompt length.")
 @click.option("--output-len", type=int, metavar="TOKENS", help="Nominal output length.")
-@click.option(
-    "--range-ratio", type=float, default=0.0, show_default=True, help="Shortest length / nominal; 0: from 1."
-)
-@click.option(
-    "--request-rate", type=float, default=0.0, metavar="PER_S", help="Poisson arrivals; all at once if 0."
-)
-@click.option(
-    "--concurrency", type=int, metavar="N", help="Most requests in flight; 0: no limit, as upstream."
-)
+@click.option("--range-ratio", type=float, default=0.0, show_default=True, help="Shortest length / nominal; 0: from 1.")
+@click.option("--request-rate", type=float, default=0.0, metavar="PER_S", help="Poisson arrivals; all at once if 0.")
+@click.option("--concurrency", type=int, metavar="N", help="Most requests in flight; 0: no limit, as upstream.")
 @click.option("--seed", type=int, default=1, show_default=True, help="For lengths, texts and arrivals.")
 @click.option(
     "--lengths",
@@ -77,9 +65,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Upstream's rule for lengths: today's, or the one the published figures were measured with.",
 )
 @click.option("--dataset", type=click.Choice(["random", "sharegpt"]), default="random", show_default=True)
-@click.option(
-    "--dataset-path", type=_FILE, metavar="FILE", help="ShareGPT's JSON; synthetic text if not given."
-)
+@click.option("--dataset-path", type=_FILE, metavar="FILE", help="ShareGPT's JSON; synthetic text if not given.")
 @click.option(
     "--from",
     "where",
@@ -88,9 +74,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="The machine that makes the load.",
 )
-@click.option(
-    "--output", type=_FOLDER, metavar="DIR", help="Folder of the results; a new one, or one to continue."
-)
+@click.option("--output", type=_FOLDER, metavar="DIR", help="Folder of the results; a new one, or one to continue.")
 @click.option("--detach", is_flag=True, help="Start, and return; the same command without it follows.")
 @click.option(
     "--change-release",
@@ -112,9 +96,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="SHARE",
     help="Exit 5 when a row gives less than this share of the published output throughput, or of --against.",
 )
-@click.option(
-    "--against", type=_FOLDER, metavar="DIR", help="An earlier run, as the reference of --fail-below."
-)
+@click.option("--against", type=_FOLDER, metavar="DIR", help="An earlier run, as the reference of --fail-below.")
 @click.pass_context
 def benchmark(context: click.Context, /, **given: Any) -> None:
     """Measure the service as the LMDeploy guide does, and compare with what it published.
@@ -180,9 +162,7 @@ def _request(context: click.Context, given: Mapping[str, Any]) -> Request:
     )
     from deploy_dsv3.benchmark.sweep import Request
 
-    return Request(
-        wishes=wishes, json=is_given(context, "json"), **{name: given[name] for name in _REQUESTED}
-    )
+    return Request(wishes=wishes, json=is_given(context, "json"), **{name: given[name] for name in _REQUESTED})
 
 
 def _service(context: click.Context, given: Mapping[str, Any]) -> Service:
@@ -194,9 +174,7 @@ def _service(context: click.Context, given: Mapping[str, Any]) -> Service:
         for option in ("api_key_file", "ca_file"):
             if given[option]:
                 flag = option.replace("_", "-")
-                raise UsageError(
-                    f"--{flag} goes with --base-url; an inventory has its own", remedy="Leave it out."
-                )
+                raise UsageError(f"--{flag} goes with --base-url; an inventory has its own", remedy="Leave it out.")
         options = collect(context)
         loaded = verbs.load(options, whole_replicas=True)
         target = find_target(loaded, options, given["replica"])

@@ -35,9 +35,7 @@ def sentence(progress: Mapping[str, Any]) -> str:
     failed = f", {progress['failed']} FAILED" if progress["failed"] else ""
     left = ""
     if progress.get("row_left_s") is not None:
-        left = (
-            f", row ends in {duration(progress['row_left_s'])}, sweep in {duration(progress['sweep_left_s'])}"
-        )
+        left = f", row ends in {duration(progress['row_left_s'])}, sweep in {duration(progress['sweep_left_s'])}"
     return (
         f"{row}: {share:.0f} %, {progress['finished']}/{progress['requests']} requests{failed}, "
         f"{progress['in_flight']} in flight, {progress['output_throughput']:.0f} tok/s{left}"

@@ -166,9 +166,7 @@ def _spread(seconds: NDArray[Any]) -> Spread | None:
     # float64 sums over the float32 array; percentiles last, as they sort the array where it lies.
     mean = float(seconds.mean(dtype=np.float64)) * 1000
     std = _std(seconds, mean / 1000) * 1000
-    p50, p90, p99 = (
-        float(value) * 1000 for value in np.percentile(seconds, (50, 90, 99), overwrite_input=True)
-    )
+    p50, p90, p99 = (float(value) * 1000 for value in np.percentile(seconds, (50, 90, 99), overwrite_input=True))
     return Spread(mean=mean, std=std, p50=p50, p90=p90, p99=p99, count=int(seconds.size))
 
 

@@ -40,6 +40,8 @@ class Cell:
     name: str
     published: float | None
     measured: float | None
+    comparable: bool
+    """Whether the two measure the same thing."""
 
     @property
     def ratio(self) -> float | None:
@@ -49,7 +51,7 @@ class Cell:
     @property
     def grade(self) -> str:
         """For its colour: `good` from 95 % of the published on, `fair` from 80 %, else `poor`."""
-        if self.ratio is None:
+        if self.ratio is None or not self.comparable:
             return ""
         return "good" if self.ratio >= 0.95 else "fair" if self.ratio >= 0.8 else "poor"
 
@@ -76,13 +78,14 @@ def render(folder: RunFolder) -> tuple[str, str]:
     plan = folder.plan()
     lines = [_line(folder, row, plan) for row in plan.rows]
     results = [line.result for line in lines if line.result]
-    ratios = [line.cells[1].ratio for line in lines if line.cells[1].ratio]
+    ratios = [cell.ratio for line in lines if (cell := line.cells[1]).ratio and cell.comparable]
     data = {
         "version": deploy_dsv3.__version__,
         "run": known,
         "plan": plan,
         "lines": lines,
-        "headline": _headline(lines, ratios),
+        "headline": _headline(lines),
+        "notes": _gathered(lines),
         "overall": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
         "latencies": _LATENCIES,
         "facts": _facts(known, plan, results),
@@ -122,6 +125,7 @@ def _line(folder: RunFolder, row: Row, plan: Plan) -> Line:
             name=name,
             published=getattr(row.published, name) if row.published else None,
             measured=getattr(result.figures, name) if result else None,
+            comparable=row.num_prompts >= row.published_prompts,
         )
         for name in names
     )
@@ -162,15 +166,22 @@ def _notes(folder: RunFolder, row: Row, result: RowResult | None) -> list[str]:
     return notes
 
 
-def _headline(lines: Sequence[Line], ratios: Sequence[float]) -> str:
-    measured = sum(1 for line in lines if line.result)
-    done = f"{measured} of {len(lines)} rows measured"
-    if not ratios:
-        return f"{done}."
-    lowest = min(lines, key=lambda line: line.cells[1].ratio or math.inf)
-    return (
-        f"{done}; the lowest is {lowest.label} with {percent(lowest.cells[1].ratio)} of the published output."
-    )
+def _headline(lines: Sequence[Line]) -> str:
+    done = f"{sum(1 for line in lines if line.result)} of {len(lines)} rows measured"
+    compared = [line for line in lines if line.cells[1].ratio and line.cells[1].comparable]
+    if not compared:
+        return f"{done}." if not any(line.cells[1].ratio for line in lines) else f"{done}; none of them compares."
+    lowest = min(compared, key=lambda line: line.cells[1].ratio or math.inf)
+    return f"{done}; the lowest is {lowest.label} with {percent(lowest.cells[1].ratio)} of the published output."
+
+
+def _gathered(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """The notes, each once with the rows that it is about."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for note in line.notes:
+            found.setdefault(note, []).append(line.label)
+    return [(", ".join(labels), note) for note, labels in found.items()]
 
 
 def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> list[tuple[str, str]]:

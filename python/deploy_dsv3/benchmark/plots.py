@@ -124,11 +124,9 @@ def _latency_panel(values: Sequence[LatencyRow], x: float, y: float, width: floa
     numbers = [n for value in values for n in (value.p50, value.p90, value.p99) if n > 0]
     if not numbers:
         return [_text(x, y + 16, "below the clock's resolution", "value")]
-    low = 10 ** math.floor(math.log10(min(numbers)))
-    high = 10 ** math.ceil(math.log10(max(numbers)))
-    if high <= low:
-        high = low * 10
     inner = width - label - 12
+    ticks = _log_ticks(min(numbers), max(numbers), most=6 if inner > 250 else 4)
+    low, high = ticks[0], ticks[-1]
 
     def at(number: float) -> float:
         inside = min(max(number, low), high)
@@ -136,11 +134,8 @@ def _latency_panel(values: Sequence[LatencyRow], x: float, y: float, width: floa
 
     bottom = y + len(values) * line + 4
     parts = []
-    ticks = _log_ticks(low, high, most=5 if inner > 250 else 3)
     for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{y:.1f}" y2="{bottom:.1f}"/>'
-        )
+        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{y:.1f}" y2="{bottom:.1f}"/>')
         edge = " end" if tick == ticks[-1] and at(tick) > x + width - 20 else " middle"
         parts.append(_text(at(tick), bottom + 15, _milliseconds(tick), f"tick{edge}"))
     for place, value in enumerate(values):
@@ -183,12 +178,8 @@ def _course_panel(row: Course, x: float, y: float, width: float, height: float) 
     ]
     if row.published:
         at = level(row.published)
-        parts.append(
-            f'<line class="published-line" x1="{x:.1f}" x2="{x + width:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        )
-        parts.append(
-            _text(x + width, at - 4, f"published {_number(row.published)}", "tick end published-text")
-        )
+        parts.append(f'<line class="published-line" x1="{x:.1f}" x2="{x + width:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_text(x + width, at - 4, f"published {_number(row.published)}", "tick end published-text"))
     parts.append(_text(x, base + 15, f"mean {_number(row.mean)} tok/s", "tick measured-text"))
     parts.append(_text(x + width, base + 15, duration(bin_s * len(rates)), "tick end"))
     return parts
@@ -202,8 +193,18 @@ def _thinned(rates: Sequence[float], bin_s: float) -> tuple[list[float], float]:
 
 
 def _log_ticks(low: float, high: float, *, most: int) -> list[float]:
-    powers = [10.0**power for power in range(round(math.log10(low)), round(math.log10(high)) + 1)]
-    return powers[:: math.ceil(len(powers) / most)]
+    """Round numbers around a range, `most` at most: 1, 2 and 5 of each power of ten, or powers alone."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 5), (1,)):
+        marks = [step * 10.0**power for power in powers for step in steps]
+        first = max(place for place, mark in enumerate(marks) if mark <= low * 1.0001)
+        last = min(place for place, mark in enumerate(marks) if mark >= high * 0.9999)
+        ticks = marks[first : max(last, first + 1) + 1]
+        if len(ticks) <= most:
+            break
+    apart = math.ceil((len(ticks) - 1) / (most - 1))
+    # The last one ends the axis, whatever is left out between.
+    return [*ticks[:-1:apart], ticks[-1]]
 
 
 def _share(bar: Bar) -> str:
@@ -211,10 +212,8 @@ def _share(bar: Bar) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    if value >= 3_600_000:
-        return f"{value / 3_600_000:.3g} h"
-    if value >= 60_000:
-        return f"{value / 60_000:.3g} min"
+    if value >= 100_000:
+        return f"{value / 1000:,.0f} s"
     if value >= 1000:
         return f"{value / 1000:.3g} s"
     return f"{value:.3g} ms" if value >= 0.1 else f"{1000 * value:.3g} µs"

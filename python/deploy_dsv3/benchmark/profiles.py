@@ -103,9 +103,7 @@ def select_rows(plan: Plan, chosen: str) -> tuple[Row, ...]:
     for part in chosen.split(","):
         name = part.strip()
         first, dash, last = name.partition("-")
-        by_name = [
-            place for place, row in enumerate(plan.rows, 1) if name in (row.name, f"out{row.output_len}")
-        ]
+        by_name = [place for place, row in enumerate(plan.rows, 1) if name in (row.name, f"out{row.output_len}")]
         if by_name:
             wanted.update(by_name)
         elif first.isdigit() and (last.isdigit() if dash else True):
@@ -114,9 +112,7 @@ def select_rows(plan: Plan, chosen: str) -> tuple[Row, ...]:
             wanted.add(0)
         if not wanted <= set(range(1, len(plan.rows) + 1)):
             rows = "; ".join(f"{place} {row.name}" for place, row in enumerate(plan.rows, 1))
-            raise UsageError(
-                f"--rows {chosen}: {name!r} is no row of {plan.profile}", remedy=f"Rows: {rows}."
-            )
+            raise UsageError(f"--rows {chosen}: {name!r} is no row of {plan.profile}", remedy=f"Rows: {rows}.")
     return tuple(row for place, row in enumerate(plan.rows, 1) if place in wanted)
 
 
@@ -153,9 +149,7 @@ def _check(profile: Profile, wishes: Wishes) -> None:
         if wishes.dataset_path is None:
             raise UsageError("--dataset sharegpt needs the file", remedy="Name it: --dataset-path FILE.")
     if profile.name == "published" and (wishes.input_len is not None or wishes.output_len is not None):
-        raise UsageError(
-            "the rows of profile published have the published lengths", remedy="Use --profile custom."
-        )
+        raise UsageError("the rows of profile published have the published lengths", remedy="Use --profile custom.")
     lowest = {"--num-prompts": wishes.num_prompts, "--input-len": wishes.input_len}
     lowest["--output-len"] = wishes.output_len
     for option, value in lowest.items():

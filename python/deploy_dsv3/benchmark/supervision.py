@@ -67,9 +67,7 @@ class LocalWorker:
         # What an earlier worker said must not be taken for this one's.
         self._folder.write_state("progress.json", {"state": "starting"})
         with (self._folder.path / "worker.log").open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
         self._process = process
         if process.stdin is not None:
             with suppress(BrokenPipeError):  # it died at once: `last_words` tells why

@@ -178,9 +178,7 @@ def _check_batch_size(sweep: _Sweep) -> None:
         *([f"--rows {','.join(right)} measures those that fit"] if right else []),
         "--any-batch-size measures with what runs, and marks it",
     ]
-    message = (
-        f"the engine runs with max batch size {target.max_batch_size} ({target.batch_size_from}); {sizes}"
-    )
+    message = f"the engine runs with max batch size {target.max_batch_size} ({target.batch_size_from}); {sizes}"
     raise UsageError(message, remedy=f"Nothing was measured. Choose: {'; '.join(choices)}.")
 
 
@@ -325,11 +323,7 @@ def _verdict(sweep: _Sweep, reference: Mapping[str, RowResult], pages: Sequence[
             for result in results
         ],
     }
-    floor = (
-        f"{least:.0%} of {'the earlier run' if reference else 'the published output throughput'}"
-        if least
-        else ""
-    )
+    floor = f"{least:.0%} of {'the earlier run' if reference else 'the published output throughput'}" if least else ""
     if below:
         told = ", ".join(f"{name} with {share:.1%}" for name, share in below.items())
         document["error"] = {"message": f"below {floor}: {told}", "remedy": f"See {pages[0]}."}

@@ -132,12 +132,8 @@ def describe(replica: Replica, seen: Mapping[str, Observation]) -> dict[str, Any
     release, facts = head.document("release"), head.seen.get("facts", {})
     gpus = facts.get("gpus") or []
     inspect = head.container
-    variables = dict(
-        entry.partition("=")[::2] for entry in inspect.get("Config", {}).get("Env", ()) if "=" in entry
-    )
-    nccl = {
-        name: value for name, value in sorted(variables.items()) if name.startswith(("NCCL_", "GLOO_SOCKET"))
-    }
+    variables = dict(entry.partition("=")[::2] for entry in inspect.get("Config", {}).get("Env", ()) if "=" in entry)
+    nccl = {name: value for name, value in sorted(variables.items()) if name.startswith(("NCCL_", "GLOO_SOCKET"))}
     argv = list(release.get("serve", {}).get("argv", ()))
     return {
         "replica": replica.name,
@@ -150,9 +146,7 @@ def describe(replica: Replica, seen: Mapping[str, Observation]) -> dict[str, Any
         "layout": _layout(argv, len(replica.hosts)),
         "gpus": {
             "name": gpus[0]["name"] if gpus else "",
-            "per_node": {
-                host: len(seen[host].seen.get("facts", {}).get("gpus") or ()) for host in replica.hosts
-            },
+            "per_node": {host: len(seen[host].seen.get("facts", {}).get("gpus") or ()) for host in replica.hosts},
             "memory_mib": gpus[0].get("memory_total_mib") if gpus else None,
         },
         "driver": gpus[0].get("driver_version", "") if gpus else "",

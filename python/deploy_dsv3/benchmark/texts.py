@@ -95,9 +95,7 @@ def _leading_token(tokenizer: Any, config_file: Path) -> int | None:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(
-            f"{config_file} is not JSON: {error}", remedy="Compare it with the model's own."
-        ) from error
+        raise UsageError(f"{config_file} is not JSON: {error}", remedy="Compare it with the model's own.") from error
     if not config.get("add_bos_token"):
         return None
     token = config.get("bos_token")

@@ -187,8 +187,7 @@ class Sweep:
         except DeployError as error:
             raise type(error)(
                 f"{row.name}: the endpoint was lost: {why}",
-                remedy=f"Kept in {kept}. {error.remedy} Then run the same command: "
-                "the sweep goes on at this row.",
+                remedy=f"Kept in {kept}. {error.remedy} Then run the same command: the sweep goes on at this row.",
             ) from error
 
     async def _report(self, row: Row, workload: Workload, run: RowRun, later: list[Row]) -> None:
@@ -198,9 +197,7 @@ class Sweep:
             elapsed = time.monotonic() - begun
             events = sum(run.timeline.events)
             rate = events / elapsed if elapsed else 0.0
-            row_left, sweep_left = estimate_rest(
-                self._plan, row, later, events=events, total=total, rate=rate
-            )
+            row_left, sweep_left = estimate_rest(self._plan, row, later, events=events, total=total, rate=rate)
             self.say(
                 "running",
                 row=row.name,
@@ -220,9 +217,7 @@ class Sweep:
     def say(self, state: str, **fields: Any) -> None:
         """Write `progress.json`."""
         kept: dict[str, Any] = {
-            key: self._progress[key]
-            for key in ("pid", "rows", "started", "rejected")
-            if key in self._progress
+            key: self._progress[key] for key in ("pid", "rows", "started", "rejected") if key in self._progress
         }
         self._progress = {**kept, "state": state, "updated": time.time(), **fields}
         self._folder.write_state("progress.json", self._progress)

@@ -119,8 +119,7 @@ def make_workload(
         inputs, outputs = row_lengths(numbers, plan, row)
         prompts = _random_prompts(plan, inputs, tokenizer, pairs)
         requests = tuple(
-            Request(index, prompt, int(inputs[index]), int(outputs[index]))
-            for index, prompt in enumerate(prompts)
+            Request(index, prompt, int(inputs[index]), int(outputs[index])) for index, prompt in enumerate(prompts)
         )
         text = "sharegpt" if pairs is not None else "synthetic" if tokenizer else "synthetic-words"
     return Workload(requests=requests, arrivals=_arrivals(numbers, plan, len(requests)), text=text)
@@ -146,9 +145,7 @@ def _random_prompts(
     usable = [pair for pair in pairs if pair[0]]
     shuffled.shuffle(usable)
     if len(usable) < len(lengths):
-        raise ValueError(
-            f"the dataset has {len(usable)} usable conversations and the row needs {len(lengths)}"
-        )
+        raise ValueError(f"the dataset has {len(usable)} usable conversations and the row needs {len(lengths)}")
     for (prompt, _), wanted in zip(usable, lengths.tolist(), strict=False):
         ids = tokenizer.encode(prompt)
         yield tokenizer.decode((ids * -(-wanted // len(ids)))[:wanted])

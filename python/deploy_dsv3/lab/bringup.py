@@ -36,6 +36,8 @@ from .progress import Steps
 
 DEFAULT_HOSTS = 2
 DEFAULT_SUITE = "trixie"
+#: Measured: a host whose engine runs 8 ranks.
+_HOST_MEMORY_GIB = 0.7
 #: Debian release to the vendor's name of the distribution.
 SUITES = {"trixie": "debian13", "bookworm": "debian12"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,20}")
@@ -136,6 +138,13 @@ def _check(wish: Wish) -> None:
         )
     if wish.hosts is not None and not 1 <= wish.hosts <= network.MAX_HOSTS:
         raise LabUsageError(f"{wish.hosts} hosts: a lab has 1 to {network.MAX_HOSTS}", remedy="Choose another number.")
+    fits = max(1, int(machine.memory_gib() / _HOST_MEMORY_GIB))
+    if wish.hosts is not None and wish.hosts > fits:
+        raise LabUsageError(
+            f"{wish.hosts} hosts with their engines need about {wish.hosts * _HOST_MEMORY_GIB:.0f} GiB of memory, "
+            f"this machine has {machine.memory_gib():.0f}",
+            remedy=f"Ask for {fits} or fewer.",
+        )
     if wish.suite is not None and wish.suite not in SUITES:
         raise LabUsageError(f"no lab hosts of Debian {wish.suite}", remedy=f"Choose one of {', '.join(SUITES)}.")
     for profile in wish.profiles:

@@ -12,9 +12,8 @@ Every image's tag carries a fingerprint of what went into it, so a changed input
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import machine, prerequisites, shell
@@ -28,7 +27,8 @@ _SERVER_PACKAGES = (
     *("procps", "python3", "sudo", "systemd", "systemd-sysv"),
 )
 _SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent")
-_PULLED = "debian:{suite}"
+
+_CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
 #: The administrator of a lab host: an ordinary user with sudo.
 ADMIN_USER, ADMIN_UID = "ops", 1000
@@ -67,66 +67,70 @@ def exists(docker: DockerCli, tag: str) -> bool:
 
 
 def debian(docker: DockerCli, paths: LabPaths, suite: str, mirror: str = "") -> str:
-    """Have the base image of a Debian release; returns its tag. About a minute the first time."""
-    tag = f"dsv3-lab/debian:{suite}-{fingerprint(*_SERVER_PACKAGES, 'v1')}"
+    """Have the base image of a Debian release; returns its tag. About a minute the first time.
+
+    Args:
+        mirror: archive to use instead of the one that the machine's apt configuration names.
+
+    Raises:
+        LabError: there is neither a mirror of Debian nor a registry with its image.
+    """
+    apt = machine.apt_settings(mirror)
+    sources, configuration = apt.sources(suite), apt.configuration()
+    tag = f"dsv3-lab/debian:{suite}-{fingerprint(sources, configuration, *_SERVER_PACKAGES)}"
     if exists(docker, tag):
         return tag
-    try:
-        found = machine.apt_mirror(mirror)
-    except LabError:
-        if docker.run("pull", _PULLED.format(suite=suite), check=False).returncode != 0:
-            raise
-        packages = " ".join(_SERVER_PACKAGES)
-        script = f"apt-get -q update; apt-get -qy --no-install-recommends install {packages}; apt-get clean"
-        docker.extend(_PULLED.format(suite=suite), tag, script, _trust())
-        return tag
-    _debootstrap(docker, paths, suite, tag, found)
+    files = {"/etc/apt/apt.conf.d/90mirror": File(content=configuration.encode())}
+    if bundle := machine.ca_bundle():  # a mirror may stand behind a private CA
+        files[_CA_BUNDLE] = File(content=bundle.read_bytes())
+    if apt.archive:
+        files["/etc/apt/sources.list"] = File(content=sources.encode())
+        bare, script = _debootstrap(docker, paths, suite, apt.archive), ""
+    else:
+        bare, script = _pull(docker, f"debian:{suite}"), _install(_SERVER_PACKAGES)
+        if bundle:  # which the installation of ca-certificates writes anew
+            script = f"cp {_CA_BUNDLE} /run/bundle; {script}; cp /run/bundle {_CA_BUNDLE}"
+    docker.extend(bare, tag, script, files, ['CMD ["/bin/bash"]'])
+    docker.run("rmi", bare)
     return tag
 
 
-def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, tag: str, mirror: machine.AptMirror) -> None:
+def _pull(docker: DockerCli, image: str) -> str:
+    if docker.run("pull", image, check=False).returncode != 0:
+        raise LabError(
+            "no Debian to make hosts of: the apt configuration of this machine names no mirror of Debian over http "
+            f"or https, and the image {image} cannot be pulled",
+            remedy="Name a mirror: deploy-dsv3 lab up --mirror URL.",
+        )
+    return image
+
+
+def _install(packages: Sequence[str]) -> str:
+    return (
+        "export DEBIAN_FRONTEND=noninteractive; apt-get -q update; "
+        f"apt-get -qy --no-install-recommends install {' '.join(packages)}; "
+        "apt-get clean; rm -rf /var/lib/apt/lists/*"
+    )
+
+
+def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, archive: str) -> str:
+    """Make a minimal Debian and import it; returns the tag of the image."""
     prerequisites.have("debootstrap")
     paths.cache.mkdir(parents=True, exist_ok=True)
     log = paths.cache / "debootstrap.log"
     log.unlink(missing_ok=True)
     work = Path(tempfile.mkdtemp(prefix="debootstrap-", dir=paths.cache))
-    root = work / "root"
+    root, tag = work / "root", f"dsv3-lab/debian:{suite}-bare"
+    options = ["--variant=minbase", "--force-check-gpg", f"--include={','.join(_SERVER_PACKAGES)}"]
+    command = [shell.which("debootstrap") or "debootstrap", *options, suite, str(root), archive]
+    pack = f"rm -rf {root}/var/cache/apt/archives/*.deb {root}/var/lib/apt/lists/*; tar -C {root} -cf {work}/root.tar ."
     try:
-        shell.run(
-            shell.as_root(
-                [
-                    shell.which("debootstrap") or "debootstrap",
-                    "--variant=minbase",
-                    f"--include={','.join(_SERVER_PACKAGES)}",
-                    suite,
-                    str(root),
-                    mirror.archive,
-                ]
-            ),
-            log=log,
-        )
-        pack = (
-            f"rm -rf {root}/var/cache/apt/archives/*.deb {root}/var/lib/apt/lists/*; "
-            f"tar -C {root} -cf {work}/root.tar ."
-        )
+        shell.run(shell.as_root(command), log=log)
         shell.run(shell.as_root(["sh", "-euc", pack]))
-        docker.run("import", "--change", 'CMD ["/bin/bash"]', str(work / "root.tar"), f"{tag}-bare")
-        files = {
-            "/etc/apt/sources.list": File(content=mirror.sources(suite).encode()),
-            "/etc/apt/apt.conf.d/90mirror": File(content=mirror.configuration().encode()),
-            **_trust(),
-        }
-        docker.extend(f"{tag}-bare", tag, ":", files, ['CMD ["/bin/bash"]'])
-        docker.run("rmi", f"{tag}-bare")
+        docker.run("import", str(work / "root.tar"), tag)
     finally:
         shell.run(shell.as_root(["rm", "--recursive", "--force", "--one-file-system", str(work)]), check=False)
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _trust() -> dict[str, File]:
-    """The machine's trusted CAs: a mirror may stand behind a private one."""
-    bundle = machine.ca_bundle()
-    return {"/etc/ssl/certs/ca-certificates.crt": File(content=bundle.read_bytes())} if bundle else {}
+    return tag
 
 
 def host(docker: DockerCli, base: str) -> str:
@@ -140,11 +144,7 @@ def host(docker: DockerCli, base: str) -> str:
 
 def services(docker: DockerCli, base: str) -> str:
     """Have the image of the lab's services; returns its tag."""
-    script = (
-        "export DEBIAN_FRONTEND=noninteractive; apt-get -q update; "
-        f"apt-get -qy --no-install-recommends install {' '.join(_SERVICES_PACKAGES)}; "
-        "apt-get clean; rm -rf /var/lib/apt/lists/*"
-    )
+    script = _install(_SERVICES_PACKAGES)
     tag = f"dsv3-lab/services:{fingerprint(base, script)}"
     if not exists(docker, tag):
         docker.extend(base, tag, script, {})

@@ -13,52 +13,28 @@ from .errors import LabError
 
 #: Capabilities of Linux by their number (linux/capability.h), as Docker names them.
 CAPABILITIES = (
-    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP"),
-    *(
-        "LINUX_IMMUTABLE",
-        "NET_BIND_SERVICE",
-        "NET_BROADCAST",
-        "NET_ADMIN",
-        "NET_RAW",
-        "IPC_LOCK",
-        "IPC_OWNER",
-    ),
-    *(
-        "SYS_MODULE",
-        "SYS_RAWIO",
-        "SYS_CHROOT",
-        "SYS_PTRACE",
-        "SYS_PACCT",
-        "SYS_ADMIN",
-        "SYS_BOOT",
-        "SYS_NICE",
-    ),
-    *(
-        "SYS_RESOURCE",
-        "SYS_TIME",
-        "SYS_TTY_CONFIG",
-        "MKNOD",
-        "LEASE",
-        "AUDIT_WRITE",
-        "AUDIT_CONTROL",
-        "SETFCAP",
-    ),
-    *("MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ"),
+    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"),
+    *("SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW"),
+    *("IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT"),
+    *("SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD"),
+    *("LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG"),
+    *("WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ"),
 )
 
 #: Options of apt that a mirror may need and that hosts of the lab take over.
 _APT_OPTIONS = re.compile(
     r"^Acquire::(Check-Valid-Until|Check-Date|Retries|(http|https)::(Proxy|CAInfo|Verify-Peer|Verify-Host|Timeout))$"
 )
+_DEBIAN_RELEASES = re.compile(r"bullseye|bookworm|trixie|forky|sid|stable|oldstable|testing")
 _CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AptMirror:
+class AptSettings:
     """Where this machine gets Debian packages from.
 
     Attributes:
-        archive: base address of the archive, ends in ``/``.
+        archive: base address of the archive, ends in ``/``; empty if the machine uses none (Ubuntu, for example).
         security: base address of the security archive; empty if the machine uses none.
         options: ``Acquire::…`` options the mirror needs (proxy, clock checks), name to value.
     """
@@ -80,51 +56,36 @@ class AptMirror:
         return "\n".join([*lines, 'Acquire::Languages "none";']) + "\n"
 
 
-def apt_mirror(explicit: str = "") -> AptMirror:
-    """The mirror named by this machine's apt configuration, or an explicit one.
-
-    Raises:
-        LabError: there is no Debian mirror in it (for example on Ubuntu).
-    """
+def apt_settings(mirror: str = "") -> AptSettings:
+    """What this machine's apt configuration says; `mirror` instead of the archive it names."""
     dump = shell.run(["apt-config", "dump"]).stdout if shell.which("apt-config") else ""
     targets = ""
     if shell.which("apt-get"):
         template = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
-        targets = shell.run(
-            ["apt-get", "indextargets", "--format", template, "Created-By: Packages"], check=False
-        ).stdout
-    mirror = parse_apt(targets.splitlines(), dump.splitlines(), explicit)
-    if mirror is None:
-        raise LabError(
-            "the apt configuration of this machine names no mirror of Debian over http or https",
-            remedy="Name one: deploy-dsv3 lab up --mirror URL.",
-        )
-    return mirror
+        listing = ["apt-get", "indextargets", "--format", template, "Created-By: Packages"]
+        targets = shell.run(listing, check=False).stdout
+    return parse_apt(targets.splitlines(), dump.splitlines(), mirror)
 
 
-def parse_apt(targets: Iterable[str], dump: Iterable[str], explicit: str = "") -> AptMirror | None:
-    """Choose the mirror from ``apt-get indextargets`` ("URI RELEASE COMPONENT") and ``apt-config dump``.
-
-    None if no target is a Debian release.
-    """
-    archive, security = explicit, ""
+def parse_apt(targets: Iterable[str], dump: Iterable[str], mirror: str = "") -> AptSettings:
+    """Read ``apt-get indextargets`` ("URI RELEASE COMPONENT") and ``apt-config dump``, both by lines."""
+    archive, security = mirror, ""
     for target in targets:
         uri, release, component = (*target.split(), "", "", "")[:3]
         if component != "main" or not uri.startswith(("http://", "https://")):
             continue
-        if re.fullmatch(r"(bullseye|bookworm|trixie|forky|sid|stable|oldstable|testing)", release):
+        if _DEBIAN_RELEASES.fullmatch(release):
             archive = archive or uri
-        elif release.endswith("-security") and not explicit:
+        elif release.endswith("-security") and "debian" in uri and not mirror:
             security = security or uri
-    if not archive:
-        return None
     options = {}
     for line in dump:
         name, _, value = line.partition(" ")
         value = value.strip().rstrip(";").strip('"')
         if _APT_OPTIONS.match(name) and value:
             options[name] = value
-    return AptMirror(archive=archive.rstrip("/") + "/", security=security, options=options)
+    archive = archive.rstrip("/") + "/" if archive else ""
+    return AptSettings(archive=archive, security=security if archive else "", options=options)
 
 
 def ca_bundle() -> Path | None:
@@ -170,3 +131,8 @@ def cgroup2_mount(mounts: str | None = None) -> Path:
 def kernel_release() -> str:
     """The running kernel, as ``uname -r``."""
     return os.uname().release
+
+
+def memory_gib() -> float:
+    """Memory of the machine [GiB]."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -63,7 +63,7 @@ class RunningEngine:
         if self.docker.info() is None:
             raise LabError(
                 f"the Docker engine at {self.host} that carries the lab does not answer any more",
-                remedy="Start it again, or `deploy-dsv3 lab down` and `lab up --engine private`.",
+                remedy="Start it again: the lab's containers are in it.",
             )
 
     def stop(self) -> None:

@@ -765,7 +765,8 @@ _print_lock = threading.Lock()
 def log(message: str, source: str = "launcher") -> None:
     """Print one line to the container's log, with UTC time and source."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with _print_lock:
+    # A full disk must not stop an engine that serves: its output is read by the thread that prints here.
+    with _print_lock, contextlib.suppress(OSError):
         print(f"{now} {source}| {message}", flush=True)
 
 
@@ -850,8 +851,11 @@ class Status:
             return
         self._last, self._written = text, time.monotonic()
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**data, "updated": round(time.time(), 3)}) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(json.dumps({**data, "updated": round(time.time(), 3)}) + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            log(f"error: {self.path} cannot be written: {error}")
 
 
 def read_health(status: Mapping[str, Any], now: float) -> tuple[bool, str]:

@@ -135,7 +135,7 @@ def test_a_missing_and_a_wrong_key_are_told_apart(serve: Serve) -> None:
 
 
 def test_nobody_there_loading_and_something_else_are_told_apart(serve: Serve) -> None:
-    with pytest.raises(UnreachableError, match="cannot connect .*nothing was measured"):
+    with pytest.raises(UnreachableError, match=r"cannot connect .*nothing was measured"):
         ask_for_model(Endpoint(base_url="http://127.0.0.1:9"))
     with pytest.raises(UnreachableError, match="HTTP 503 loading weights"):
         ask_for_model(Endpoint(base_url=serve(loading=True).url))
@@ -168,9 +168,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1"],
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {key} -out {cert} "
+        "-days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1".split(),
         check=True,
         capture_output=True,
     )
@@ -187,7 +186,7 @@ def test_tls_is_verified_with_the_ca_that_was_given(
     with pytest.raises(UsageError, match="the certificate is not trusted") as refused:
         ask_for_model(Endpoint(base_url=server.url))
     assert "--ca-file" in refused.value.remedy
-    with pytest.raises(UsageError, match="CA file .*: No such file"):
+    with pytest.raises(UsageError, match=r"CA file .*: No such file"):
         ask_for_model(Endpoint(base_url=server.url, ca_file=str(tmp_path / "absent.pem")))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,6 @@ def test_the_newest_unfinished_run_of_the_plan_is_found(tmp_path: Path) -> None:
     for name, day in (("old", "2026-01-01"), ("new", "2026-01-02"), ("done", "2026-01-03")):
         folder = make_run(tmp_path / name)
         record = json.loads((folder.path / "run.json").read_text())
-        os.replace(folder.path / "run.json", folder.path / "run.old")
         (folder.path / "run.json").write_text(json.dumps({**record, "created": f"{day}T00:00:00Z"}))
     make_run(tmp_path / "other", replace(PLAN, seed=9))
     (tmp_path / "foreign").mkdir()

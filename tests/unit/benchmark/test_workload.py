@@ -23,9 +23,7 @@ def plan_for(row: Row, **changes: object) -> Plan:
 def drawn_by_upstream(seed: int, full_lens: tuple[int, int], ratio: float, num: int) -> list[list[int]]:
     """Upstream's rule in its own terms: numpy's global generator, prompts first, then outputs."""
     np.random.seed(seed)
-    return [
-        np.random.randint(max(int(full * ratio), 1), full + 1, size=num).tolist() for full in full_lens
-    ]
+    return [np.random.randint(max(int(full * ratio), 1), full + 1, size=num).tolist() for full in full_lens]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
