@@ -132,7 +132,7 @@ phase_control() {
   rm -rf "$state/control"
   python3 "$here/unpack.py" "$bundle" control "$state/control"
   control deploy-dsv3 --version
-  control ansible-playbook --version | head -1
+  control ansible-playbook --version | sed -n 1p
 }
 
 phase_image() {
