@@ -15,10 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+# torch, safetensors, tokenizers and transformers are imported where they are used: the shapes need none of them.
 
 SEED = 0
 VOCABULARY = 8192
@@ -122,8 +119,19 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def write_weights(folder: Path, shards: int) -> int:
     """Write random weights and their index; returns the number of parameters."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(SEED)
-    tensors = {name: _fill(name, shape, generator) for name, shape in shapes()}
+    tensors = {}
+    for name, shape in shapes():
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = torch.zeros(shape, dtype=torch.float32)
+        elif len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            noise = torch.randn(shape, generator=generator) * CONFIG["initializer_range"]
+            tensors[name] = noise.to(torch.bfloat16)
     weight_map: dict[str, str] = {}
     names = list(tensors)
     for shard in range(shards):
@@ -140,6 +148,9 @@ def write_weights(folder: Path, shards: int) -> int:
 
 def write_tokenizer(folder: Path) -> None:
     """Train a byte-level BPE tokenizer on made-up words, so that every token of the vocabulary is text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     draw = random.Random(SEED)
     syllables = [a + b + c for a in "bcdfglmnprstv" for b in "aeiou" for c in ("", "n", "r", "s")]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(20_000)]
@@ -164,14 +175,6 @@ def _mlp(prefix: str, hidden: int, columns: int) -> Iterator[tuple[str, tuple[in
     yield f"{prefix}.gate_proj.weight", (columns, hidden)
     yield f"{prefix}.up_proj.weight", (columns, hidden)
     yield f"{prefix}.down_proj.weight", (hidden, columns)
-
-
-def _fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if name.endswith("e_score_correction_bias"):
-        return torch.zeros(shape, dtype=torch.float32)
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * CONFIG["initializer_range"]).to(torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
             f"{found['predicted_blocks']} (ratio {found['ratio']}).",
             "",
         ]
-    if cause := summary["first_known_line"]:
-        lines += [f"Known line in the engine's log: {cause['id']}, {cause['line']}", ""]
+    cause = summary["first_known_line"]
+    if cause and any(row["result"] != "passed" for row in summary["phases"]):
+        lines += [f"Known line in the engine's log: {cause['id']}, {cause['line'].strip()[:300]}", ""]
     return "\n".join(lines)
 
 

@@ -75,15 +75,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, dataset = make_inputs(folder, max(2 * arguments.num_prompts, 100))
+        pace = f"--step-ms {arguments.step_ms} --max-batch {arguments.max_batch}"
         server = subprocess.Popen(
-            [
-                sys.executable,
-                str(counterpart),
-                "--step-ms",
-                str(arguments.step_ms),
-                "--max-batch",
-                str(arguments.max_batch),
-            ],
+            [sys.executable, str(counterpart), *pace.split()],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -99,34 +93,15 @@ def main() -> int:
 
 
 def _upstream(arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path) -> dict[str, str]:
-    rate = ["--request-rate", str(arguments.request_rate)] if arguments.request_rate else []
+    rate = f"--request-rate {arguments.request_rate}" if arguments.request_rate else ""
+    options = f"""
+        --backend lmdeploy --base-url {url} --tokenizer {model} --model-path {model}
+        --dataset-name random --dataset-path {dataset} --num-prompts {arguments.num_prompts}
+        --random-input-len {arguments.input_len} --random-output-len {arguments.output_len}
+        --output-file {output} --disable-tqdm {rate}
+    """
     subprocess.run(
-        [
-            arguments.upstream_python,
-            str(arguments.upstream),
-            "--backend",
-            "lmdeploy",
-            "--base-url",
-            url,
-            "--dataset-name",
-            "random",
-            "--dataset-path",
-            str(dataset),
-            "--tokenizer",
-            str(model),
-            "--model-path",
-            str(model),
-            "--num-prompts",
-            str(arguments.num_prompts),
-            "--random-input-len",
-            str(arguments.input_len),
-            "--random-output-len",
-            str(arguments.output_len),
-            "--output-file",
-            str(output),
-            "--disable-tqdm",
-            *rate,
-        ],
+        [arguments.upstream_python, str(arguments.upstream), *options.split()],
         check=True,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"},
@@ -135,31 +110,13 @@ def _upstream(arguments: argparse.Namespace, url: str, model: Path, dataset: Pat
 
 
 def _ours(arguments: argparse.Namespace, url: str, model: Path, dataset: Path, output: Path) -> dict[str, str]:
+    options = f"""
+        --base-url {url} --tokenizer {model} --profile custom --dataset-path {dataset} --output {output}
+        --num-prompts {arguments.num_prompts} --request-rate {arguments.request_rate}
+        --input-len {arguments.input_len} --output-len {arguments.output_len}
+    """
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "deploy_dsv3",
-            "benchmark",
-            "--base-url",
-            url,
-            "--profile",
-            "custom",
-            "--dataset-path",
-            str(dataset),
-            "--tokenizer",
-            str(model),
-            "--output",
-            str(output),
-            "--num-prompts",
-            str(arguments.num_prompts),
-            "--request-rate",
-            str(arguments.request_rate),
-            "--input-len",
-            str(arguments.input_len),
-            "--output-len",
-            str(arguments.output_len),
-        ],
+        [sys.executable, "-m", "deploy_dsv3", "benchmark", *options.split()],
         check=True,
         stdout=subprocess.DEVNULL,
     )

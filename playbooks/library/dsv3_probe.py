@@ -885,6 +885,7 @@ def probe_model(root, path):
 
 def split_image(name):
     """Return (registry, repository, tag) of an image's name as Docker reads it; "" is Docker Hub."""
+    name = name.partition("@")[0]
     first, slash, rest = name.partition("/")
     registry = first if slash and ("." in first or ":" in first or first == "localhost") else ""
     path = rest if registry else name

@@ -626,18 +626,32 @@ def _read_config(path: Path) -> ModelShape:
         raise config_error(f"not JSON: {error}", file=str(file)) from error
     if not isinstance(config, dict):
         raise config_error("not a model's config.json", file=str(file), found=type(config).__name__)
+    return model_from(config, name=file.resolve().parent.name, source=str(file))
+
+
+def model_from(config: Mapping[str, Any], *, name: str, source: str) -> ModelShape:
+    """Read a config.json that is loaded already.
+
+    Args:
+        config: its content, or at least what of it is a number, a name or `quantization_config`.
+        name: what to call the model.
+        source: where it was read, for messages.
+
+    Raises:
+        ConfigErrors: a missing key or another architecture.
+    """
     if config.get("model_type") not in _MODEL_TYPES:
         raise config_error(
             "the memory arithmetic of this architecture is not known here",
-            file=str(file),
+            file=source,
             key="model_type",
             found=repr(config.get("model_type")),
             expected=", ".join(sorted(_MODEL_TYPES)),
         )
-    return _shape(config, file)
+    return _shape(config, name, source)
 
 
-def _shape(config: Mapping[str, Any], file: Path) -> ModelShape:
+def _shape(config: Mapping[str, Any], name: str, file: str) -> ModelShape:
     errors = []
 
     def number(key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -649,7 +663,7 @@ def _shape(config: Mapping[str, Any], file: Path) -> ModelShape:
         errors.append(
             ConfigError(
                 message=f"{key} is missing or wrong",
-                file=str(file),
+                file=file,
                 key=key,
                 found=repr(value),
                 expected=f"a whole number from {least}",
@@ -659,7 +673,7 @@ def _shape(config: Mapping[str, Any], file: Path) -> ModelShape:
 
     sparse = config["model_type"] == "deepseek_v32"
     shape = ModelShape(
-        name=file.resolve().parent.name,
+        name=name,
         weight_format=_weight_format(config, file),
         num_hidden_layers=number("num_hidden_layers"),
         first_k_dense_replace=number("first_k_dense_replace", 0, least=0),
@@ -686,7 +700,7 @@ def _shape(config: Mapping[str, Any], file: Path) -> ModelShape:
     return shape
 
 
-def _weight_format(config: Mapping[str, Any], file: Path) -> WeightFormat:
+def _weight_format(config: Mapping[str, Any], file: str) -> WeightFormat:
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method is None:
@@ -694,7 +708,7 @@ def _weight_format(config: Mapping[str, Any], file: Path) -> WeightFormat:
     if method != "fp8":
         raise config_error(
             "the memory arithmetic of this weight format is not known here",
-            file=str(file),
+            file=file,
             key="quantization_config",
             found=repr(method),
             expected="fp8, or no quantization (bf16)",

@@ -28,22 +28,28 @@ _TYPED: Mapping[str, str] = {
     "lmdeploy_eager_mode": "eager-mode",
     "lmdeploy_trust_remote_code": "trust-remote-code",
 }
-# Options that follow from other settings or would break the promises, each with where it belongs.
-_RESERVED: Mapping[str, str] = {
+# Options that follow from other settings.
+_SETTINGS: Mapping[str, str] = {
+    "model-path": "model_weights_path",
     "tp": "lmdeploy_tp",
     "model-name": "lmdeploy_model_name",
-    "server-name": "endpoint_mode and endpoint_address",
+    "server-name": "endpoint_address",
     "server-port": "lmdeploy_server_port",
-    "api-keys": "endpoint_api_keys (a key in an argument shows in the process list)",
+    "api-keys": "endpoint_api_keys",
     "ssl": "endpoint_tls_certificate_path",
-    "backend": "nothing: DeepSeek-V3 runs on the pytorch engine only",
-    "distributed-executor-backend": "nothing: the launcher forms a Ray cluster",
-    "dp": "a later layout: this version serves tensor parallelism",
-    "ep": "a later layout: this version serves tensor parallelism",
-    "nnodes": "nothing: it has no effect on tensor parallelism over Ray",
-    "node-rank": "nothing: it has no effect on tensor parallelism over Ray",
-    "allow-terminate-by-client": "nothing: any client could stop the service",
-    **{typed: setting for setting, typed in _TYPED.items()},
+    **{option: setting for setting, option in _TYPED.items()},
+}
+# Options that would break the layout or a promise, with the reason.
+_REFUSED: Mapping[str, str] = {
+    "backend": "is always pytorch: DeepSeek-V3 runs on no other engine",
+    "distributed-executor-backend": "is always ray: the launcher forms the cluster",
+    "dp": "belongs to another layout than tensor parallelism, the only one so far",
+    "ep": "belongs to another layout than tensor parallelism, the only one so far",
+    "nnodes": "has no effect on tensor parallelism over Ray",
+    "node-rank": "has no effect on tensor parallelism over Ray",
+    "role": "belongs to another layout than tensor parallelism, the only one so far",
+    "allow-terminate-by-client": "would let any client stop the service",
+    "max-concurrent-requests": "also throttles /health, so that a busy engine would look dead",
 }
 
 Kind = Literal["flag", "value", "values"]
@@ -54,7 +60,7 @@ class Option:
     """One option of `lmdeploy serve api_server`, as LMDeploy's own parser declares it.
 
     `name` without dashes; `kind` says how many values follow; `choices` is empty where any value goes;
-    `type` is the parser's own conversion (``int``, ``float``, ``str`` or another callable's name).
+    `type` is the parser's own conversion (``int``, ``float``, ``str``, ``json`` or another callable's name).
     """
 
     name: str
@@ -63,57 +69,73 @@ class Option:
     choices: tuple[str, ...]
 
 
+def options_file() -> str:
+    """The options of LMDeploy's parser as JSON: a list of arguments to ``add_argument``, with `names`.
+
+    Source: LMDeploy 0.18.0's parser itself; `tests/contract` compares the two.
+    """
+    return resources.files("deploy_dsv3").joinpath("data/lmdeploy-options.json").read_text(encoding="utf-8")
+
+
 @cache
 def known_options() -> Mapping[str, Option]:
-    """The options of the newest LMDeploy that this version knows, by name.
-
-    Source: LMDeploy's parser itself, recorded in `data/lmdeploy-options.json`; a contract test compares the two.
-    """
-    text = resources.files("deploy_dsv3").joinpath("data/lmdeploy-options.json").read_text(encoding="utf-8")
+    """The options of the newest LMDeploy that this version knows, by name."""
     return {
-        entry["name"]: Option(
-            name=entry["name"], kind=entry["kind"], type=entry["type"], choices=tuple(entry["choices"])
+        entry["names"][0].removeprefix("--"): Option(
+            name=entry["names"][0].removeprefix("--"),
+            kind=_kind_of(entry),
+            type=entry.get("type", ""),
+            choices=tuple(str(choice) for choice in entry.get("choices", ()) if choice is not None),
         )
-        for entry in json.loads(text)["options"]
+        for entry in json.loads(options_file())
+        if entry["names"][0].startswith("--")
     }
 
 
-def check_options(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `lmdeploy_options`, a sentence for each mistake; empty when nothing is."""
+def _kind_of(entry: Mapping[str, Any]) -> Kind:
+    if entry.get("action") == "store_true":
+        return "flag"
+    return "values" if "nargs" in entry else "value"
+
+
+def option_problems(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `lmdeploy_options`: the ends of sentences that begin with its name."""
     problems = []
     known = known_options()
     for key, value in options.items():
-        name = str(key).lstrip("-").replace("_", "-")
-        if name in _RESERVED:
-            problems.append(f"{key}: set {_RESERVED[name]} instead")
+        name = _dashed(key)
+        if name in _SETTINGS:
+            problems.append(f"has {key!r}, which is the setting {_SETTINGS[name]}")
+        elif name in _REFUSED:
+            problems.append(f"has {key!r}, which {_REFUSED[name]}")
         elif name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{key}: LMDeploy has no option --{name}{hint}")
-        else:
-            problems += _check_value(known[name], key, value)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"has {key!r}, which is no option of `lmdeploy serve api_server`{hint}")
+        elif wrong := _value_problem(known[name], value):
+            problems.append(f"has {key!r}: {value!r}, and --{name} {wrong}")
     return problems
 
 
-def _check_value(option: Option, key: str, value: Any) -> list[str]:
+def _value_problem(option: Option, value: Any) -> str:
     if option.kind == "flag":
-        if not isinstance(value, bool):
-            return [f"{key}: --{option.name} is a flag and takes true or false, not {value!r}"]
-        return []
-    values = value if option.kind == "values" and isinstance(value, list) else [value]
-    problems = []
-    for one in values:
-        if isinstance(one, bool) or (isinstance(one, dict | list) and option.kind != "value") or one is None:
-            problems.append(f"{key}: --{option.name} takes a value, not {one!r}")
-        elif option.choices and str(one) not in option.choices:
-            problems.append(f"{key}: {one!r} is none of {', '.join(option.choices)}")
-        elif option.type == "int" and not re.fullmatch(r"-?[0-9]+", str(one)):
-            problems.append(f"{key}: --{option.name} takes a whole number, not {one!r}")
-        elif option.type == "float" and not _is_number(one):
-            problems.append(f"{key}: --{option.name} takes a number, not {one!r}")
-        elif "\n" in str(one):
-            problems.append(f"{key}: a value cannot hold a line break")
-    return problems
+        return "" if isinstance(value, bool) else "is a flag: it takes true or false"
+    if option.type == "json":
+        return "" if isinstance(value, dict | str) else "takes a mapping"
+    several = option.kind == "values" and isinstance(value, list)
+    return next((wrong for one in (value if several else [value]) if (wrong := _item_problem(option, one))), "")
+
+
+def _item_problem(option: Option, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or "\n" in str(value):
+        return "takes a text or a number"
+    if option.choices and str(value) not in option.choices:
+        return f"takes one of {', '.join(option.choices)}"
+    if option.type == "int" and not re.fullmatch(r"-?[0-9]+", str(value)):
+        return "takes a whole number"
+    if option.type == "float" and not _is_number(value):
+        return "takes a number"
+    return ""
 
 
 def _is_number(value: Any) -> bool:
@@ -122,6 +144,10 @@ def _is_number(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _dashed(key: Any) -> str:
+    return str(key).lstrip("-").replace("_", "-")
 
 
 def serve_argv(settings: Mapping[str, Any], *, tp: int) -> list[str]:
@@ -147,7 +173,7 @@ def serve_argv(settings: Mapping[str, Any], *, tp: int) -> list[str]:
         elif value not in (False, 0, ""):
             argv += [f"--{option}", str(value)]
     for key, value in settings["lmdeploy_options"].items():
-        argv += _render(str(key).lstrip("-").replace("_", "-"), value)
+        argv += _render(_dashed(key), value)
     return argv
 
 

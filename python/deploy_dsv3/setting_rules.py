@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from deploy_dsv3 import serving
+
 #: Ports of the worker processes that Ray must have at least: it starts one process for each CPU beforehand.
 MIN_WORKER_PORTS = 100
 #: A shorter API key can be guessed.
@@ -52,21 +54,6 @@ _IMAGE = re.compile(
     r"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
 )
 #: Keys of the pass-through that have a setting of their own, or must never be on a command line.
-_SERVE_OPTIONS = {
-    "api-keys": "endpoint_api_keys",
-    "tp": "lmdeploy_tp",
-    "server-port": "lmdeploy_server_port",
-    "server-name": "endpoint_address",
-    "model-name": "lmdeploy_model_name",
-    "session-len": "lmdeploy_session_len",
-    "max-batch-size": "lmdeploy_max_batch_size",
-    "cache-max-entry-count": "lmdeploy_cache_max_entry_count",
-    "max-prefill-token-num": "lmdeploy_max_prefill_token_num",
-    "eager-mode": "lmdeploy_eager_mode",
-    "log-level": "lmdeploy_log_level",
-    "trust-remote-code": "lmdeploy_trust_remote_code",
-    "model-path": "model_weights_path",
-}
 _DAEMON_OPTIONS = {
     "data-root": "docker_engine_data_path",
     "graph": "docker_engine_data_path",
@@ -162,6 +149,7 @@ def combinations(values: Mapping[str, Any]) -> Iterator[Problem]:
     """
     yield from _port_collisions(values)
     yield from _worker_ports(values)
+    yield from _serve_options(values)
     key, certificate = "endpoint_tls_key_path", "endpoint_tls_certificate_path"
     if values.get(key) and values.get(certificate) == "":
         yield Problem(
@@ -226,6 +214,20 @@ def address_problems(addresses: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         families.setdefault(ip.version, host)
     if len(families) > 1:
         yield families[6], "IPv4 and IPv6 are mixed"
+
+
+def _serve_options(values: Mapping[str, Any]) -> Iterator[Problem]:
+    options = values.get("lmdeploy_options")
+    if not isinstance(options, Mapping) or values.get("lmdeploy_check_options") is False:
+        return
+    for problem in serving.option_problems(options):
+        yield Problem(
+            names=("lmdeploy_options",),
+            message=f"lmdeploy_options {problem}",
+            expected="options of `lmdeploy serve api_server --help` that have no setting of their own, "
+            "without the dashes",
+            remedy="Correct it; for an LMDeploy newer than this deploy-dsv3 knows, set lmdeploy_check_options to false.",
+        )
 
 
 def _port_collisions(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -415,13 +417,6 @@ def _own_setting(options: Mapping[str, str]) -> Callable[[Any], str]:
     return check
 
 
-def _option_names(value: Any) -> str:
-    for key in value:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", str(key)):
-            return f"has {key!r}, which is no option's name"
-    return ""
-
-
 _DIGEST = r"sha256:[0-9a-f]{64}"
 _TEXT_REMEDY = "Correct the value."
 
@@ -520,17 +515,6 @@ RULES: tuple[Rule, ...] = (
         _environment,
         "NAME: text, on one line",
         'Write numbers and booleans in quotes, e.g. "1".',
-    ),
-    _check(
-        r"lmdeploy_options",
-        _own_setting(_SERVE_OPTIONS),
-        "options that have no setting of their own",
-        "Use that setting.",
-    ),
-    _check(
-        r"lmdeploy_options",
-        _option_names,
-        "names as in `lmdeploy serve api_server --help`, without the dashes",
     ),
     _check(
         r"docker_engine_options",

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 from serving_parser import parse_for_real, real_options
 
+from deploy_dsv3 import serving
+from deploy_dsv3.hostvars import role_defaults
 from deploy_dsv3.lab.engine import standin
 from deploy_dsv3.lab.engine.standin.cli import build_parser
 
-OPTIONS = Path(standin.__file__).parent / "options.json"
 COMMAND = [
     "lmdeploy",
     "serve",
@@ -30,7 +31,7 @@ COMMAND = [
 def test_the_table_of_options_is_that_of_the_real_parser() -> None:
     answer = real_options()
     assert answer["version"] == standin.IMITATES
-    assert json.loads(OPTIONS.read_text()) == answer["options"]
+    assert json.loads(serving.options_file()) == answer["options"]
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,53 @@ def test_a_wrong_command_is_refused_by_both(options: list[str], complaint: str) 
     assert complaint in real["error"]
     with pytest.raises(SystemExit):
         build_parser().parse_args([*COMMAND, *options][1:])
+
+
+OWN_SETTINGS = [
+    {},
+    {"lmdeploy_session_len": 32768, "lmdeploy_max_batch_size": 128, "lmdeploy_eager_mode": True},
+    {"lmdeploy_model_name": "dsv3", "endpoint_mode": "direct", "endpoint_api_keys": ["canary-key"]},
+    {
+        "lmdeploy_options": {
+            "enable-prefix-caching": True,
+            "disable_metrics": False,
+            "reasoning-parser": "deepseek-v3",
+            "cudagraph-capture-batch-sizes": [1, 8, 64],
+            "hf-overrides": {"rope_theta": 10000},
+            "speculative-algorithm": "deepseek_mtp",
+        }
+    },
+]
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=["defaults", "typed", "direct", "passed-through"])
+def test_the_real_parser_accepts_what_the_product_renders(own: dict[str, Any]) -> None:
+    settings = {**role_defaults(), **own}
+    assert not serving.option_problems(settings["lmdeploy_options"])
+    argv = serving.serve_argv(settings, tp=16)
+    answer = parse_for_real(argv)
+    assert answer["accepted"], answer
+    values = answer["values"]
+    assert (values["tp"], values["backend"]) == (16, "pytorch")
+    assert values["model_path"] == settings["model_weights_path"]
+    assert values["model_name"] == serving.served_model(settings)
+    assert values["api_keys"] is None
+    assert not any("canary-key" in word for word in argv)
+    for option, value in settings["lmdeploy_options"].items():
+        assert values[option.replace("-", "_")] == value
+
+
+# What the product refuses as a mistake, the real parser refuses too.
+MISTAKES = [
+    {"enable-prefix-cashing": True},
+    {"device": "rocm"},
+    {"num-gpu-blocks": "many"},
+    {"dllm-confidence-threshold": "high"},
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: next(iter(mistake)))
+def test_a_mistake_is_one_for_the_real_parser_too(mistake: dict[str, Any]) -> None:
+    assert serving.option_problems(mistake)
+    settings = {**role_defaults(), "lmdeploy_options": mistake}
+    assert not parse_for_real(serving.serve_argv(settings, tp=16))["accepted"]

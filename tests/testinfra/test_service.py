@@ -1,10 +1,9 @@
 """The service as clients get it: from this machine, through the address that clients use."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from typing import Any
 
 import httpx
 import pytest
@@ -16,9 +15,13 @@ from deploy_dsv3.status import client
 
 ANSWER_TIMEOUT_S = 300
 CONCURRENT_REQUESTS = 64
+# Another client's request in the same batch can turn a rounding, and so a token. A broken engine differs every time.
+ATTEMPTS = 4
 PROMPT = "The three primary colours are"
 # Asked with GET, which none of them does anything on.
 ADMINISTRATION = ("/sleep", "/wakeup", "/update_weights", "/abort_request", "/distserve/p2p_connect", "/docs")
+
+Complete = Callable[[str, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +44,15 @@ def endpoint(any_node: Node, url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def complete(any_node: Node, endpoint: httpx.Client) -> Callable[..., dict]:
+def complete(any_node: Node, endpoint: httpx.Client) -> Complete:
     """Asks for a completion; gives the answer's JSON."""
     model = served_model(any_node.settings)
 
-    def ask(prompt: str, max_tokens: int) -> dict:
+    def ask(prompt: str, max_tokens: int) -> dict[str, Any]:
         request = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         answer = endpoint.post("/v1/completions", json=request)
         assert answer.status_code == 200, f"/v1/completions: {answer.status_code} {answer.text[:500]}"
-        body: dict = answer.json()
+        body: dict[str, Any] = answer.json()
         return body
 
     return ask
@@ -90,19 +93,23 @@ def test_administration(any_node: Node, endpoint: httpx.Client) -> None:
     assert set(answers.values()) == {404}, f"{answers}: a client can reach what is not 404"
 
 
-def test_completion(complete: Callable[..., dict]) -> None:
+def test_completion(complete: Complete) -> None:
     """A completion comes back."""
     answer = complete(PROMPT, 8)
     assert answer["usage"]["completion_tokens"] > 0, f"no token came: {answer}"
     assert answer["choices"][0]["finish_reason"] in ("length", "stop"), f"it ended oddly: {answer}"
 
 
-def test_repeatable(complete: Callable[..., dict], record_property: Callable[[str, object], None]) -> None:
+def test_repeatable(complete: Complete, record_property: Callable[[str, object], None]) -> None:
     """The same question gets the same answer."""
-    first, second = (complete(PROMPT, 32)["choices"][0]["text"] for _ in range(2))
+    answers = []
+    for _ in range(ATTEMPTS):
+        answers.append(complete(PROMPT, 32)["choices"][0]["text"])
+        if answers[-1] in answers[:-1]:
+            break
     # Kept in the report, so that it can be compared with the one after a restart or an upgrade.
-    record_property("answer", first)
-    assert first == second, f"at temperature 0: {first!r}, then {second!r}"
+    record_property("answer", answers[-1])
+    assert answers[-1] in answers[:-1], f"at temperature 0, one after the other: {answers}"
 
 
 def test_streaming(any_node: Node, endpoint: httpx.Client) -> None:
@@ -113,25 +120,33 @@ def test_streaming(any_node: Node, endpoint: httpx.Client) -> None:
         "max_tokens": 16,
         "temperature": 0,
     }
-    whole = endpoint.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
-    lines, times = [], []
+    differing = []
+    for _ in range(ATTEMPTS):
+        whole = endpoint.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
+        streamed = stream(endpoint, request)
+        expected = {part: whole.get(part) or "" for part in streamed}
+        if streamed == expected:
+            return
+        differing.append(f"streamed {streamed}, in one piece {expected}")
+    pytest.fail("\n".join(differing), pytrace=False)
+
+
+def stream(endpoint: httpx.Client, request: dict[str, Any]) -> dict[str, str]:
+    """The answer to a streamed request, put together in the order in which it came."""
     with endpoint.stream("POST", "/v1/chat/completions", json={**request, "stream": True}) as answer:
         assert answer.status_code == 200, f"/v1/chat/completions: {answer.status_code}"
-        for line in answer.iter_lines():
-            if line:
-                lines.append(line)
-                times.append(time.monotonic())
+        lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines and lines[-1] == "data: [DONE]", f"the stream ends with {lines[-1:]}"
     choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-1]]
     reasons = [choice.get("finish_reason") for choice in choices]
-    assert reasons[-1] in ("length", "stop") and not any(reasons[:-1]), f"finish reasons in order: {reasons}"
-    assert all(earlier <= later for earlier, later in pairwise(times))
-    for part in ("content", "reasoning_content"):
-        streamed = "".join(choice["delta"].get(part) or "" for choice in choices)
-        assert streamed == (whole.get(part) or ""), f"streamed {streamed!r}, in one piece {whole.get(part)!r}"
+    assert reasons and reasons[-1] in ("length", "stop") and not any(reasons[:-1]), f"finish reasons: {reasons}"
+    return {
+        part: "".join(choice["delta"].get(part) or "" for choice in choices)
+        for part in ("content", "reasoning_content")
+    }
 
 
-def test_long_prompt(any_node: Node, complete: Callable[..., dict]) -> None:
+def test_long_prompt(any_node: Node, complete: Complete) -> None:
     """A prompt that takes more than one prefill step is answered."""
     words = any_node.settings["lmdeploy_max_prefill_token_num"] * 5 // 4
     limit = any_node.settings["lmdeploy_session_len"]
@@ -143,7 +158,7 @@ def test_long_prompt(any_node: Node, complete: Callable[..., dict]) -> None:
     assert usage["completion_tokens"] > 0, f"no token came: {answer}"
 
 
-def test_concurrency(complete: Callable[..., dict]) -> None:
+def test_concurrency(complete: Complete) -> None:
     """64 requests at the same time are all answered."""
     with ThreadPoolExecutor(max_workers=CONCURRENT_REQUESTS) as pool:
         answers = list(pool.map(lambda number: complete(f"{number} {PROMPT}", 8), range(CONCURRENT_REQUESTS)))

@@ -398,7 +398,7 @@ TOGETHER = [
     setting("engine_environment", {"LMDEPLOY_X": ""}, "at which LMDeploy stops"),
     setting("lmdeploy_options", {"api-keys": ["k"]}, "is the setting endpoint_api_keys"),
     setting("lmdeploy_options", {"tp": 8}, "is the setting lmdeploy_tp"),
-    setting("lmdeploy_options", {"--x y": 1}, "no option's name"),
+    setting("lmdeploy_options", {"--x y": 1}, "is no option of"),
     setting("docker_engine_options", {"data-root": "/x"}, "is the setting docker_engine_data_path"),
     Case(
         id="one host of a replica differs",

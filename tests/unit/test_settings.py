@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy_dsv3 import content, inventory, setting_rules, settings, settings_text, topology
+from deploy_dsv3 import content, inventory, serving, setting_rules, settings, settings_text, topology
 from deploy_dsv3.errors import ConfigErrors, InternalError
 from deploy_dsv3.settings import Setting, Settings, catalogue
 
@@ -129,7 +129,7 @@ class TestOurRoles:
         assert made.of("gpu-a")["endpoint_port"] == 8000
 
     @pytest.mark.parametrize(
-        "known_name", sorted({*setting_rules._SERVE_OPTIONS.values(), *setting_rules._DAEMON_OPTIONS.values()})
+        "known_name", sorted({*serving._SETTINGS.values(), *setting_rules._DAEMON_OPTIONS.values()})
     )
     def test_rules_name_settings_that_exist(self, known_name: str) -> None:
         assert known_name in catalogue()

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deploy_dsv3.benchmark.plan import Row
 from deploy_dsv3.benchmark.runs import RowResult, RunFolder
 
 Verdict = Literal["faster", "slower", "within noise", "not comparable", "missing"]
@@ -57,8 +56,15 @@ def compare_runs(before: RunFolder, after: RunFolder) -> list[RowComparison]:
     Raises:
         UsageError: one of the folders holds no run.
     """
-    rows = {row.name: row for row in (*before.plan().rows, *after.plan().rows)}
-    return [_compare(row, before.result(row), after.result(row)) for row in rows.values()]
+    first, second = ({row.name: row for row in run.plan().rows} for run in (before, after))
+    return [
+        _compare(
+            name,
+            before.result(first[name]) if name in first else None,
+            after.result(second[name]) if name in second else None,
+        )
+        for name in {**first, **second}
+    ]
 
 
 def share_of(result: RowResult, reference: RowResult | None) -> float | None:
@@ -72,9 +78,9 @@ def share_of(result: RowResult, reference: RowResult | None) -> float | None:
     return result.figures.output_throughput / known if known else None
 
 
-def _compare(row: Row, before: RowResult | None, after: RowResult | None) -> RowComparison:
+def _compare(name: str, before: RowResult | None, after: RowResult | None) -> RowComparison:
     known = RowComparison(
-        name=row.name,
+        name=name,
         before=before.figures.output_throughput if before else None,
         after=after.figures.output_throughput if after else None,
         verdict="missing",

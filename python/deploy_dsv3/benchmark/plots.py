@@ -55,7 +55,7 @@ class Course:
 def throughput(bars: Sequence[Bar], width: int) -> str:
     """Two bars a row: published above, measured below."""
     narrow = width < 500
-    left, right, bar, gap = (0 if narrow else 90), 118, 14, 5
+    left, right, bar, gap = (0 if narrow else 90), 150, 14, 5
     top, group = 6, (2 * bar + gap + (42 if narrow else 22))
     most = max((value for each in bars for value in (each.measured, each.published) if value), default=1.0)
     scale = (width - left - right) / most

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ... import serving
 from .. import shell
 from ..docker_cli import DockerCli
 from ..errors import LabError
@@ -68,6 +69,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for path in [Path(__file__), _LOCK, *_standin_files()]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    digest.update(serving.options_file().encode())
     return digest.hexdigest()[:12]
 
 
@@ -154,6 +156,7 @@ def _strip(packages: Path) -> None:
 
 def _install_standin(packages: Path) -> None:
     shutil.copytree(_STANDIN, packages / "lmdeploy", ignore=shutil.ignore_patterns("__pycache__"))
+    (packages / "lmdeploy" / "options.json").write_text(serving.options_file())
     information = packages / f"lmdeploy-{__version__}.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lmdeploy\nVersion: {__version__}\n")

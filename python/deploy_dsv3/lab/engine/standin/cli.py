@@ -1,6 +1,7 @@
 """`lmdeploy` on the command line: the options of the real command, from a table made from its own parser.
 
-The table is options.json; tests/contract renews and checks it.
+The table is the product's own (data/lmdeploy-options.json; tests/contract checks it); the recipe lays a copy beside
+this file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _NOTICE = (
     f"lmdeploy {__version__}: a STAND-IN of the deploy-dsv3 lab, not LMDeploy {IMITATES}. It pretends to generate."
 )
 _DEFAULT_PORT = 23333
+_IN_IMAGE = Path(__file__).parent / "options.json"
+_OPTIONS = _IN_IMAGE if _IN_IMAGE.exists() else Path(__file__).parents[3] / "data" / "lmdeploy-options.json"
 # lmdeploy.messages.QuantPolicy
 _QUANT_POLICIES = {
     "none": 0,
@@ -84,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="Commands", dest="command")
     serve = commands.add_parser("serve", help="Serve LLMs with openai API")
     api_server = serve.add_subparsers(title="Commands").add_parser("api_server", description=_NOTICE)
-    for option in json.loads((Path(__file__).parent / "options.json").read_text()):
+    for option in json.loads(_OPTIONS.read_text()):
         names = option.pop("names")
         if kind := option.pop("type", None):
             option["type"] = _TYPES[kind]

@@ -1,0 +1,208 @@
+"""What somebody changed by hand: the host as the last finished deploy left it, beside the host as it is now.
+
+Pure: facts in, differences out. `state_of` puts everything that a person could change into one flat mapping of
+readable keys (``container restart_policy``, ``file /etc/...``, ``sysctl vm.swappiness``). Role
+`deployment_record` keeps it on the host; the same function applied to newer facts shows the drift.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploy_dsv3.facts import Container, FileState, HostFacts
+
+SCHEMA = 1
+
+# Pattern of a key, what kind of thing that is, and the role that makes it; "" where no role does.
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (r"container (image|image_id)", "image", "engine"),
+    (r"container .*", "container", "engine"),
+    (r"file /etc/deploy-dsv3/endpoint/.*", "file", "endpoint"),
+    (r"file /etc/deploy-dsv3/engine/(serve\.json|secrets/api_keys)", "file", "lmdeploy"),
+    (r"file /etc/deploy-dsv3/engine/.*", "file", "engine"),
+    (r"file /etc/deploy-dsv3/release\.json", "file", "lmdeploy"),
+    (r"file /etc/deploy-dsv3/image\.json", "file", "engine_image"),
+    (r"file /etc/systemd/system/dsv3-endpoint\.service", "unit", "endpoint"),
+    (r"file /etc/systemd/system/.*", "unit", ""),
+    (r"file /etc/cdi/.*", "file", "nvidia_container_toolkit"),
+    (r"file .*deploy-dsv3-nvidia-driver.*", "file", "nvidia_driver"),
+    (r"file .*deploy-dsv3-nvidia-container-toolkit.*", "file", "nvidia_container_toolkit"),
+    (r"file .*deploy-dsv3-docker.*", "file", "docker_engine"),
+    (r"file .*", "file", ""),
+    (r"daemon\.json.*", "daemon.json", "docker_engine"),
+    (r"unit dsv3-endpoint\.service .*", "unit", "endpoint"),
+    (r"unit docker\.service .*", "unit", "docker_engine"),
+    (r"unit nvidia-fabricmanager\.service .*", "unit", "fabric_manager"),
+    (r"unit nvidia-persistenced\.service .*", "unit", "nvidia_driver"),
+    (r"package haproxy", "package", "endpoint"),
+    (r"package (docker|containerd).*", "package", "docker_engine"),
+    (r"package nvidia-fabricmanager.*", "package", "fabric_manager"),
+    (r"package (lib)?nvidia-container.*", "package", "nvidia_container_toolkit"),
+    (r"package .*", "package", "nvidia_driver"),
+    (r"sysctl .*", "sysctl", ""),
+    (r"driver", "driver", ""),
+    (r"kernel", "kernel", ""),
+    (r"gpu .*", "gpu", ""),
+    (r"hca .*|rdma devices", "rdma", ""),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """One thing that is not as the last finished deploy left it.
+
+    Attributes:
+        host: where.
+        key: what, as in the flat state.
+        kind: ``container``, ``image``, ``file``, ``daemon.json``, ``unit``, ``package``, ``sysctl``, ``driver``,
+            ``kernel``, ``gpu`` or ``rdma``.
+        role: the role that makes it, "" where no role does.
+        recorded: how the deploy left it, "" for not there.
+        found: how it is now, "" for not there.
+    """
+
+    host: str
+    key: str
+    kind: str
+    role: str
+    recorded: str
+    found: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The difference for ``--json``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        recorded, found = self.recorded, self.found
+        if self.key.startswith("file ") and recorded and found:
+            recorded, found = _difference_of_files(recorded, found)
+        return f"{self.key}: found {found or 'nothing'}, was {recorded or 'not there'} after the last deploy"
+
+
+def find(host: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Drift]:
+    """The differences between two states of a host, in the order of their keys.
+
+    Args:
+        host: the host's name.
+        recorded: `state_of` after the last finished deploy.
+        found: `state_of` now.
+    """
+    return [
+        Drift(
+            host=host,
+            key=key,
+            kind=kind,
+            role=role,
+            recorded=text(recorded.get(key)),
+            found=text(found.get(key)),
+        )
+        for key in sorted(recorded.keys() | found.keys())
+        if recorded.get(key) != found.get(key)
+        for kind, role in [classify(key)]
+    ]
+
+
+def find_on(host: str, facts: HostFacts, container: str) -> list[Drift] | None:
+    """The drift of a host against its own record; None where no finished deploy is on record.
+
+    Args:
+        host: the host's name.
+        facts: read with the sections `state` and `deployment`, at least.
+        container: name of the engine's container.
+    """
+    recorded = recorded_state(facts)
+    return None if recorded is None else find(host, recorded, state_of(facts, container))
+
+
+def recorded_state(facts: HostFacts) -> dict[str, Any] | None:
+    """The state that the last finished deploy recorded on a host; None without a readable record."""
+    manifest = facts.deployment.manifest or {}
+    state = manifest.get("state")
+    return state if manifest.get("schema") == SCHEMA and isinstance(state, dict) else None
+
+
+def classify(key: str) -> tuple[str, str]:
+    """Kind and role of a key."""
+    for pattern, kind, role in _KINDS:
+        if re.fullmatch(pattern, key):
+            return kind, role
+    raise ValueError(f"no kind of key {key!r}")
+
+
+def state_of(facts: HostFacts, container: str) -> dict[str, Any]:
+    """Everything on a host that a deployment made or depends on, as a flat mapping of JSON scalars and lists.
+
+    Args:
+        facts: read with at least the sections ``os gpus driver infiniband docker state``.
+        container: name of the engine's container.
+    """
+    return dict(sorted(_state(facts, container)))
+
+
+def text(value: Any) -> str:
+    """A value of the state for people; "" for one that is not there."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _state(facts: HostFacts, container: str) -> Iterator[tuple[str, Any]]:
+    if facts.state:
+        for path, file in facts.state.files.items():
+            yield f"file {path}", _file(file)
+        for name, unit in facts.state.units.items():
+            yield f"unit {name} active", unit.active
+            yield f"unit {name} enabled", unit.enabled
+        for name, version in facts.state.packages.items():
+            yield f"package {name}", version
+        for name, value in facts.state.sysctls.items():
+            yield f"sysctl {name}", value
+    if facts.docker.daemon_json_error:
+        yield "daemon.json", f"unreadable: {facts.docker.daemon_json_error}"
+    for key, value in (facts.docker.daemon_json or {}).items():
+        yield f"daemon.json {key}", value
+    for known in facts.docker.containers:
+        if known.name == container:
+            yield from _container(known)
+    yield "kernel", facts.os.kernel
+    if facts.driver.loaded_version or facts.gpus:
+        yield "driver", facts.driver.loaded_version or facts.gpus[0].driver_version
+    for gpu in facts.gpus:
+        yield f"gpu {gpu.index}", f"{gpu.name} {gpu.uuid}"
+    if facts.infiniband.devices:
+        yield "rdma devices", list(facts.infiniband.devices)
+    for port in facts.infiniband.ports:
+        yield f"hca {port.device}:{port.port}", port.state
+
+
+def _file(file: FileState) -> str:
+    return f"{file.mode} {file.owner} " + (f"-> {file.link}" if file.link else file.sha256)
+
+
+def _container(container: Container) -> Iterator[tuple[str, Any]]:
+    # A container that is being restarted is one that runs.
+    yield "container state", "running" if container.state == "restarting" else container.state
+    if container.config is None:  # made by somebody else under our name
+        yield "container image_id", container.image_id
+        return
+    for field, value in container.config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            for key, one in value.items():
+                yield f"container {field} {key}", one
+        else:
+            yield f"container {field}", value
+
+
+def _difference_of_files(recorded: str, found: str) -> tuple[str, str]:
+    """Of two descriptions of a file, what differs; content is only ever another one."""
+    names = ("mode", "owner")
+    before, after = recorded.split(" ", 2), found.split(" ", 2)
+    pairs = [(f"{name} {a}", f"{name} {b}") for name, a, b in zip(names, before, after, strict=False) if a != b]
+    if before[2] != after[2]:
+        linked = [part if part.startswith("->") else "" for part in (before[2], after[2])]
+        pairs.append((linked[0] or "its own content", linked[1] or "other content"))
+    return ", ".join(pair[0] for pair in pairs), ", ".join(pair[1] for pair in pairs)
