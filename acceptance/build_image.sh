@@ -15,8 +15,13 @@ mounted=("$@")
 (($#)) || mounted=(/opt /usr/local)
 say() { printf '%s image: %s\n' "$(date +%T)" "$*"; }
 
-contents_only=(/proc /sys /dev /run /tmp /var/tmp /var/cache /mnt /media /boot /root /home /data
-  /var/lib/docker /var/lib/containerd /var/lib/deploy-dsv3 /var/lib/deploy-dsv3-acceptance "${mounted[@]}")
+# A Python that an installer put below a home is needed in the image.
+python=$(python3 -c 'import sys; print(sys.base_prefix)')
+contents_only=(/proc /sys /dev /run /tmp /var/tmp /var/cache /mnt /media /boot /data)
+for home in /root /home; do
+  if [[ $python/ == "$home"/* ]]; then say "$home goes in: python3 is $python"; else contents_only+=("$home"); fi
+done
+contents_only+=(/var/lib/docker /var/lib/containerd /var/lib/deploy-dsv3 /var/lib/deploy-dsv3-acceptance "${mounted[@]}")
 exclude=("${contents_only[@]/#/--exclude=.}")
 exclude=("${exclude[@]/%//*}")
 exclude+=('--exclude=./etc/shadow*' '--exclude=./etc/gshadow*' '--exclude=./etc/ssh' '--exclude=./swap*')

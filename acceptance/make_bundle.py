@@ -64,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     record_path = options.output / "bundle.json"
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
-    record |= {"made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         with tempfile.TemporaryDirectory(prefix="bundle-") as work:
             for what in options.only or COLLECTORS:
@@ -73,13 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 versions = COLLECTORS[what](tree, options)
                 _say(f"packing {_size(tree) / 1e6:.1f} MB")
                 parts = pack(tree, options.output / f"{what}.tar.xz", options.part_size)
-                record[what] = {"versions": versions, "parts": [vars(part) for part in parts]}
+                record[what] = {
+                    "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": versions,
+                    "parts": [vars(part) for part in parts],
+                }
+                record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 total = sum(part.size for part in parts)
                 _say(f"{what}: {total / 1e6:.1f} MB in {len(parts)} part(s)")
     except (BundleError, subprocess.CalledProcessError) as error:
         print(f"make_bundle: {error}", file=sys.stderr)
         return 1
-    record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _say(f"bundle in {options.output}")
     return 0
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from deploy_dsv3.facts import Container, FileState, HostFacts
 
-SCHEMA = 1
-
 # Pattern of a key, what kind of thing that is, and the role that makes it; "" where no role does.
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"container (image|image_id)", "image", "engine"),
@@ -104,25 +102,6 @@ def find(host: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> li
         if recorded.get(key) != found.get(key)
         for kind, role in [classify(key)]
     ]
-
-
-def find_on(host: str, facts: HostFacts, container: str) -> list[Drift] | None:
-    """The drift of a host against its own record; None where no finished deploy is on record.
-
-    Args:
-        host: the host's name.
-        facts: read with the sections `state` and `deployment`, at least.
-        container: name of the engine's container.
-    """
-    recorded = recorded_state(facts)
-    return None if recorded is None else find(host, recorded, state_of(facts, container))
-
-
-def recorded_state(facts: HostFacts) -> dict[str, Any] | None:
-    """The state that the last finished deploy recorded on a host; None without a readable record."""
-    manifest = facts.deployment.manifest or {}
-    state = manifest.get("state")
-    return state if manifest.get("schema") == SCHEMA and isinstance(state, dict) else None
 
 
 def classify(key: str) -> tuple[str, str]:

@@ -1,82 +1,27 @@
-"""What a deploy would do, host by host, and why. Pure: facts, settings and derived plans in, plan out.
+"""What a deploy would do, replica by replica: actions, drift, downtime, capacity, command.
 
-Each role that changes hosts is looked at in three ways: what Python works out itself is compared with the host
-(files of the launcher, environment, daemon.json, image); what was given to the role is compared with what the
-last finished deploy gave it (`wanted`); and what somebody changed by hand since then (`drift`) is put back where a
-role makes it.
+Pure: facts and settings of all hosts in, plan out. What is to be done on one host is worked out in `comparison`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from deploy_dsv3 import capacity, drift, preflight, wanted
+from deploy_dsv3 import capacity, preflight
 from deploy_dsv3.capacity import Capacity
-from deploy_dsv3.derive import HostInput, NodePlan, derive
+from deploy_dsv3.comparison import Action, View, actions
+from deploy_dsv3.derive import HostInput, derive
 from deploy_dsv3.drift import Drift
 from deploy_dsv3.errors import EXIT_PLAN_CHANGES, ConfigErrors
-from deploy_dsv3.facts import Container, HostFacts
+from deploy_dsv3.facts import HostFacts
 from deploy_dsv3.findings import Finding
 from deploy_dsv3.topology import Deployment, Replica
 
 SCHEMA = 1
-
-Kind = Literal["created", "changed", "restarted", "rebooted", "downloaded", "removed", "checked"]
-
-# Inputs that are compared with the host itself, so that a difference in them need not be told a second time.
-_COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
-    "docker_engine": frozenset(
-        f"docker_engine_{name}"
-        for name in ("data_path", "insecure_registries", "live_restore", "options", "registry_mirrors")
-    ),
-    "engine_image": frozenset(wanted.named_by("engine_image").settings),
-}
-_COMPARED_NODE = frozenset({"devices", "environment", "node_file", "serve_file"})
-# What a changed input of a role means, in words.
-_SUBJECTS: Mapping[str, str] = {
-    "nvidia_driver": "NVIDIA driver packages",
-    "fabric_manager": "fabric manager package",
-    "docker_engine": "Docker packages",
-    "nvidia_container_toolkit": "container toolkit and CDI specification",
-    "engine_image": "engine image",
-    "lmdeploy": "API keys of the engine",
-    "endpoint": "configuration of the endpoint",
-}
-# The launcher reads these when it starts; the role restarts the container for them.
-_READ_AT_START = ("launcher.py", "node.json", "secrets/ray_token")
-_ENGINE = "/etc/deploy-dsv3/engine"
-_CDI_TOOL = "nvidia-container-toolkit"
-_SHOWN = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Action:
-    """One thing that a deploy would do on a host.
-
-    Attributes:
-        host: where.
-        stage: in which stage.
-        role: by which role.
-        kind: what happens to the subject. ``checked`` is a role that is walked because nothing is known of its
-            last run, and may find nothing to do; ``rebooted`` is for the operator to do.
-        subject: what it happens to.
-        why: what was found, and what is wanted.
-        bytes: bytes to download; None where that is not known or does not apply.
-        stops: whether clients wait meanwhile.
-    """
-
-    host: str
-    stage: str
-    role: str
-    kind: Kind
-    subject: str
-    why: str
-    bytes: int | None = None
-    stops: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +161,7 @@ def make(
     for replica in deployment.replicas:
         nodes, _ = derive(replica, hosts)
         views = {
-            name: _View(known=hosts[name], facts=facts, node=nodes[name], replica=replica)
+            name: View(known=hosts[name], facts=facts, node=nodes[name], replica=replica)
             for name in replica.hosts
             if (facts := hosts[name].facts) is not None and name in nodes
         }
@@ -234,62 +179,14 @@ def make(
     )
 
 
-class _View:
-    """One host with what is derived and recorded of it."""
-
-    def __init__(self, *, known: HostInput, facts: HostFacts, node: NodePlan, replica: Replica) -> None:
-        self.host = known.host
-        self.settings = known.settings
-        self.facts = facts
-        self.node = node
-        self.is_head = known.host == replica.head
-        self.state = drift.state_of(facts, node.container_name)
-        recorded = drift.recorded_state(facts)
-        self.recorded = recorded is not None
-        self.drift = drift.find(self.host, recorded, self.state) if recorded is not None else []
-        manifest = facts.deployment.manifest or {}
-        self._inputs: Mapping[str, Any] = manifest.get("inputs") or {} if self.recorded else {}
-        self.salt = str(manifest.get("salt", ""))
-
-    @property
-    def container(self) -> Container | None:
-        """The engine's container, whoever made it."""
-        named = [one for one in self.facts.docker.containers if one.name == self.node.container_name]
-        return named[0] if named else None
-
-    @property
-    def want(self) -> str:
-        """A hash of everything that the roles would be given."""
-        roles = [role for role in wanted.ROLES if self.applies(role)]
-        whole = {role: wanted.inputs(role, self.settings, self.node, salt=self.salt) for role in roles}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-    def applies(self, role: str) -> bool:
-        return wanted.applies(role, self.settings, self.facts, is_head=self.is_head)
-
-    def given(self, role: str) -> Mapping[str, Any] | None:
-        """What the last finished deploy gave a role; None if it did not run."""
-        given = self._inputs.get(role)
-        return given if isinstance(given, dict) else None
-
-    def has_file(self, path: str) -> bool:
-        return f"file {path}" in self.state
-
-    def has_package(self, name: str) -> bool:
-        return f"package {name}" in self.state
-
-    def action(self, role: str, kind: Kind, subject: str, why: str, **more: Any) -> Action:
-        return Action(host=self.host, stage=wanted.ROLES[role], role=role, kind=kind, subject=subject, why=why, **more)
-
-
-def _replica(replica: Replica, views: Mapping[str, _View]) -> ReplicaPlan:
+def _replica(replica: Replica, views: Mapping[str, View]) -> ReplicaPlan:
     hosts = [
         HostPlan(
             host=name,
             role=view.node.role,
-            actions=tuple(_actions(view)),
+            actions=tuple(actions(view)),
             drift=tuple(view.drift),
-            recorded=view.recorded,
+            recorded=view.manifest is not None,
             address=view.node.address,
             interface=view.node.interface,
             link_layer=view.node.link_layer,
@@ -313,261 +210,7 @@ def _replica(replica: Replica, views: Mapping[str, _View]) -> ReplicaPlan:
     )
 
 
-def _actions(view: _View) -> Iterator[Action]:
-    """What is to be done on a host, each subject once; the most exact reason is the one that is told."""
-    for role in wanted.ROLES:
-        given = view.given(role)
-        if not view.applies(role):
-            if given is not None and role == "endpoint":
-                yield view.action(role, "removed", "the endpoint", "it is not wanted on this host any more")
-            continue
-        found: dict[str, Action] = {}
-        for action in (*_put_back(view, role), *_compared(view, role), *_given_anew(view, role, given)):
-            found.setdefault(action.subject, action)
-        actions = list(found.values())
-        yield from actions
-        yield from _restarts(view, role, actions)
-
-
-def _put_back(view: _View, role: str) -> Iterator[Action]:
-    """What was changed by hand and the role makes again."""
-    for one in view.drift:
-        if one.role == role and _makes_again(view, one):
-            subject, path = _subject_of(view, one.key)
-            yield view.action(
-                role,
-                "changed" if one.found else "created",
-                subject,
-                f"changed by hand: {one}",
-                stops=one.kind in ("container", "image") or path in _READ_AT_START,
-            )
-
-
-def _makes_again(view: _View, one: Drift) -> bool:
-    """Whether the role that makes a thing notices that it was changed. It leaves alone what it did not make."""
-    if one.kind == "daemon.json":
-        key = one.key.removeprefix("daemon.json ")
-        merged = wanted.daemon_json(view.settings, view.facts)
-        return merged.get(key) != (view.facts.docker.daemon_json or {}).get(key)
-    if one.kind == "package":
-        # A package of any version is present; only the fabric manager's version is the driver's.
-        return not one.found or one.role == "fabric_manager"
-    if one.kind == "file":
-        # Role engine_image starts from its record, and role engine takes the head's token as it is.
-        kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
-        return bool(one.recorded) and not (kept and one.found)
-    if one.kind == "unit":
-        return bool(one.recorded)
-    return True
-
-
-def _subject_of(view: _View, key: str) -> tuple[str, str]:
-    """What an action on a key of the state is said to change, and the file's name below the engine's folder."""
-    if key.startswith("container "):
-        return f"container {view.node.container_name}", ""
-    if key.startswith("daemon.json"):
-        return "/etc/docker/daemon.json", ""
-    if key.startswith("file "):
-        path = key.removeprefix("file ")
-        return path, path.removeprefix(f"{_ENGINE}/")
-    return key, ""
-
-
-def _given_anew(view: _View, role: str, given: Mapping[str, Any] | None) -> Iterator[Action]:
-    """What differs in what the role is given from what the last finished deploy gave it."""
-    if given is None:
-        yield view.action(role, "checked", f"role {role}", "no finished deploy is on record on this host")
-        return
-    now = wanted.inputs(role, view.settings, view.node, salt=view.salt)
-    stops = role in ("engine", "lmdeploy")
-    subject = f"container {view.node.container_name}" if role == "engine" else _SUBJECTS[role]
-    for name in _changed_keys(given.get("settings"), now["settings"]):
-        if name not in _COMPARED_SETTINGS.get(role, ()):
-            why = f"{name}: {_change(given.get('settings'), now['settings'], name)}"
-            yield view.action(role, "changed", subject, why, stops=stops)
-    for name in _changed_keys(given.get("node"), now["node"]):
-        if name not in _COMPARED_NODE:
-            why = f"{name}: {_change(given.get('node'), now['node'], name)}"
-            yield view.action(role, "changed", subject, why, stops=stops)
-    if given.get("digest") != now["digest"]:
-        yield view.action(role, "checked", f"role {role}", "the role is of another version than the one that ran last")
-
-
-def _compared(view: _View, role: str) -> Iterator[Action]:
-    compare = _COMPARISONS.get(role)
-    return compare(view) if compare else iter(())
-
-
-def _nvidia_driver(view: _View) -> Iterator[Action]:
-    facts, settings = view.facts, view.settings
-    if facts.gpus:
-        return
-    error = facts.nvidia_smi.error
-    if "mismatch" in error:
-        yield view.action(
-            "nvidia_driver", "rebooted", "the host", f"nvidia-smi: {error}. No role reboots: reboot it yourself"
-        )
-        return
-    modules = settings["nvidia_driver_kernel_modules"]
-    subject = (
-        f"NVIDIA driver {settings['nvidia_driver_branch']} ({settings['nvidia_driver_source']}, {modules} modules)"
-    )
-    yield view.action(
-        "nvidia_driver", "created", subject, f"nvidia-smi: {error}" if error else "there is no nvidia-smi"
-    )
-
-
-def _fabric_manager(view: _View) -> Iterator[Action]:
-    if "unit nvidia-fabricmanager.service active" not in view.state:
-        why = f"the host has {len(view.facts.pci_nvswitches)} NVSwitches and no fabric manager"
-        yield view.action("fabric_manager", "created", "fabric manager of the driver's version", why)
-
-
-def _docker_engine(view: _View) -> Iterator[Action]:
-    docker = view.facts.docker
-    if not docker.installed:
-        source = view.settings["docker_engine_source"]
-        yield view.action("docker_engine", "created", f"Docker ({source})", "there is no dockerd")
-    found = docker.daemon_json or {}
-    merged = wanted.daemon_json(view.settings, view.facts)
-    changed = _changed_keys(found, merged)
-    if changed:
-        why = "; ".join(f"{key}: {_change(found, merged, key)}" for key in changed)
-        kind: Kind = "created" if docker.daemon_json is None else "changed"
-        yield view.action("docker_engine", kind, "/etc/docker/daemon.json", why)
-
-
-def _nvidia_container_toolkit(view: _View) -> Iterator[Action]:
-    role = "nvidia_container_toolkit"
-    if not view.has_package(_CDI_TOOL):
-        yield view.action(role, "created", "NVIDIA container toolkit", "the package is not installed")
-    path = view.settings["nvidia_container_toolkit_cdi_spec_path"]
-    if path not in view.facts.cdi.specs:
-        yield view.action(role, "created", path, "nothing names the GPUs to Docker yet")
-
-
-def _engine_image(view: _View) -> Iterator[Action]:
-    facts, settings = view.facts, view.settings
-    name = settings["engine_image_name"]
-    names = {known for image in facts.docker.images for known in image.names}
-    if settings["engine_image_archive_path"]:
-        if name not in names:
-            why = f"{name} is loaded from {settings['engine_image_archive_path']}"
-            yield view.action("engine_image", "created", "engine image", why)
-        return
-    digest = wanted.image_digest(settings, facts)
-    if digest and any(known.endswith(f"@{digest}") for known in names):
-        return
-    registry = facts.registry
-    why = "the host does not have it"
-    if registry and registry.error:
-        why += f"; its size is not known: {registry.error}"
-    size = registry.bytes if registry and registry.bytes else None
-    yield view.action("engine_image", "downloaded", f"{name} {digest}".strip(), why, bytes=size)
-
-
-def _engine(view: _View) -> Iterator[Action]:
-    found = view.facts.deployment.node_file
-    node_file = json.loads(json.dumps(view.node.node_file))
-    if found != node_file:
-        yield _file_action(view, "engine", f"{_ENGINE}/node.json", found, node_file)
-    launcher = view.state.get(f"file {_ENGINE}/launcher.py", "")
-    if not launcher.endswith(wanted.launcher_sha256()):
-        kind: Kind = "changed" if launcher else "created"
-        why = "this version brings another one" if launcher else "it is not there"
-        yield view.action("engine", kind, f"{_ENGINE}/launcher.py", why, stops=True)
-    container = view.container
-    if container is None:
-        why = f"there is no container {view.node.container_name}"
-        yield view.action("engine", "created", f"container {view.node.container_name}", why, stops=True)
-        return
-    reasons = list(_container_reasons(view, container))
-    if reasons:
-        subject = f"container {view.node.container_name}"
-        yield view.action("engine", "changed", subject, "; ".join(reasons), stops=True)
-
-
-def _container_reasons(view: _View, container: Container) -> Iterator[str]:
-    """What in a container differs from what was derived for it."""
-    config = container.config
-    if config is None:
-        yield "it was made by somebody else"
-        return
-    for name in _changed_keys(config.environment, view.node.environment):
-        if name in view.node.environment:
-            yield f"{name}: {_change(config.environment, view.node.environment, name)}"
-    missing = [device for device in view.node.devices if device not in config.devices]
-    if missing:
-        yield f"without {', '.join(missing)}"
-    digest = "" if view.settings["engine_image_archive_path"] else wanted.image_digest(view.settings, view.facts)
-    if digest and "@" in config.image and not config.image.endswith(f"@{digest}"):
-        yield f"image: {_short(config.image)} → {_short(digest)}"
-
-
-def _lmdeploy(view: _View) -> Iterator[Action]:
-    if not view.is_head:
-        return
-    found = view.facts.deployment.serve_file
-    serve_file = json.loads(json.dumps(view.node.serve_file))
-    if found != serve_file:
-        yield _file_action(view, "lmdeploy", f"{_ENGINE}/serve.json", found, serve_file)
-
-
-def _endpoint(view: _View) -> Iterator[Action]:
-    if not view.has_package("haproxy"):
-        yield view.action("endpoint", "created", "HAProxy", "the package is not installed")
-    if not view.facts.deployment.endpoint:
-        yield view.action("endpoint", "created", "configuration of the endpoint", "there is none")
-    if not view.has_file("/etc/systemd/system/dsv3-endpoint.service"):
-        yield view.action("endpoint", "created", "dsv3-endpoint.service", "there is no such service")
-
-
-_COMPARISONS: Mapping[str, Callable[[_View], Iterator[Action]]] = {
-    "nvidia_driver": _nvidia_driver,
-    "fabric_manager": _fabric_manager,
-    "docker_engine": _docker_engine,
-    "nvidia_container_toolkit": _nvidia_container_toolkit,
-    "engine_image": _engine_image,
-    "engine": _engine,
-    "lmdeploy": _lmdeploy,
-    "endpoint": _endpoint,
-}
-
-
-def _file_action(view: _View, role: str, path: str, found: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Action:
-    if found is None:
-        return view.action(role, "created", path, "it is not there", stops=True)
-    changes = [
-        f"{key}: {_change(found, new, key)}"
-        for key in _changed_keys(_flat(found), _flat(new))
-        for found, new in [(_flat(found), _flat(new))]
-    ]
-    return view.action(role, "changed", path, "; ".join(changes), stops=True)
-
-
-def _restarts(view: _View, role: str, actions: Sequence[Action]) -> Iterator[Action]:
-    """The restarts that follow from what a role changes."""
-    subjects = {action.subject: action for action in actions if action.kind in ("created", "changed")}
-    container = f"container {view.node.container_name}"
-    if role == "docker_engine" and "/etc/docker/daemon.json" in subjects and view.facts.docker.installed:
-        live = (view.facts.docker.daemon_json or {}).get("live-restore") is True
-        effect = "containers go on" if live else "running containers stop: docker_engine_allow_restart is needed"
-        yield view.action(role, "restarted", "Docker", f"daemon.json changes; {effect}", stops=not live)
-    if role == "engine" and container not in subjects:
-        files = [name for name in _READ_AT_START if f"{_ENGINE}/{name}" in subjects]
-        if files and view.container is not None:
-            yield view.action(role, "restarted", container, f"it reads {', '.join(files)} at its start", stops=True)
-    if role == "lmdeploy" and view.facts.deployment.serve_file and f"{_ENGINE}/serve.json" in subjects:
-        yield view.action(role, "restarted", "lmdeploy serve", "the launcher starts the new command", stops=True)
-    if (
-        role == "endpoint"
-        and "/etc/systemd/system/dsv3-endpoint.service" in subjects
-        and view.facts.deployment.endpoint
-    ):
-        yield view.action(role, "restarted", "dsv3-endpoint.service", "its unit changes")
-
-
-def _downtime(head: _View | None, actions: Iterable[Action]) -> Downtime:
+def _downtime(head: View | None, actions: Iterable[Action]) -> Downtime:
     stops = [action for action in actions if action.stops]
     if head is None or not stops:
         return Downtime(kind="none")
@@ -578,7 +221,7 @@ def _downtime(head: _View | None, actions: Iterable[Action]) -> Downtime:
     return Downtime(kind="restart" if running and status.get("phase") == "serving" else "start", seconds=seconds)
 
 
-def _capacity(head: _View | None, hosts: Sequence[HostFacts]) -> tuple[Capacity | None, str]:
+def _capacity(head: View | None, hosts: Sequence[HostFacts]) -> tuple[Capacity | None, str]:
     """Whether the model fits; None and why where that cannot be told yet."""
     if head is None:
         return None, "the head was not seen"
@@ -611,34 +254,6 @@ def _capacity(head: _View | None, hosts: Sequence[HostFacts]) -> tuple[Capacity 
         )
     except ConfigErrors as errors:
         return None, "; ".join(error.message for error in errors)
-
-
-def _changed_keys(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
-    known = before or {}
-    return sorted(key for key in known.keys() | after.keys() if known.get(key) != after.get(key))
-
-
-def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], key: str) -> str:
-    """``old → new``; of secrets and of mappings, which may hold some, only that they changed."""
-    old, new = (before or {}).get(key), after.get(key)
-    if any(isinstance(value, dict) or str(value).startswith(("hmac:", "sha256:")) for value in (old, new)):
-        return "another value"
-    return f"{_short(drift.text(old)) or 'unset'} → {_short(drift.text(new)) or 'unset'}"
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A JSON object with the keys of nested ones joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _replica_as_dict(replica: ReplicaPlan) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typing import Any
 import yaml
 
 from deploy_dsv3 import content, settings
-from deploy_dsv3.derive import NodePlan
 from deploy_dsv3.facts import HostFacts
 
 #: Roles that change a host, in the order they run, with their stage. The others only look.
@@ -69,17 +68,24 @@ def applies(role: str, settings: Mapping[str, Any], facts: HostFacts, *, is_head
     return True
 
 
-def inputs(role: str, values: Mapping[str, Any], node: NodePlan, *, salt: str) -> dict[str, Any]:
+def inputs(role: str, values: Mapping[str, Any], node: Mapping[str, Any], *, salt: str) -> dict[str, Any]:
     """What a role is given on a host: ``{"digest", "settings": {name: value}, "node": {key: value}}``.
 
     Of a secret there is only a keyed hash: the record must not tell it, only whether it changed.
+
+    Args:
+        role: one of `ROLES`.
+        values: the host's settings by name.
+        node: what was derived for it, `NodePlan.to_json`.
+        salt: key of the hashes.
     """
     names = named_by(role)
-    plan = node.to_json()
+    # The engine is given keys only where clients reach it directly.
+    given = () if role == "lmdeploy" and not _engine_has_keys(node) else names.settings
     return {
         "digest": names.digest,
-        "settings": {name: _recorded(name, values[name], salt) for name in names.settings},
-        "node": {key: _plain(plan[key]) for key in names.node},
+        "settings": {name: _recorded(name, values[name], salt) for name in given},
+        "node": {key: _plain(node[key]) for key in names.node},
     }
 
 
@@ -128,12 +134,17 @@ def image_digest(values: Mapping[str, Any], facts: HostFacts) -> str:
 
     The rule is role engine_image's (tasks/resolve.yml): the setting, or what the same name was at the last deploy.
     """
-    if values["engine_image_digest"]:
-        return str(values["engine_image_digest"])
+    fixed = str(values["engine_image_digest"] or values["engine_image_name"].partition("@")[2])
+    if fixed:
+        return fixed
     recorded = facts.deployment.image or {}
     if values["engine_image_refresh"] or recorded.get("name") != values["engine_image_name"]:
         return facts.registry.digest if facts.registry else ""
     return str(recorded.get("digest") or (facts.registry.digest if facts.registry else ""))
+
+
+def _engine_has_keys(node: Mapping[str, Any]) -> bool:
+    return node["role"] == "head" and bool(node["serve_file"]["api_keys_file"])
 
 
 def _recorded(name: str, value: Any, salt: str) -> Any:

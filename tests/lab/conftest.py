@@ -70,16 +70,17 @@ def product(times: Times, tmp_path_factory: pytest.TempPathFactory) -> Product:
 
 @pytest.fixture(scope="session")
 def lab(times: Times, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Two bare hosts; gone in the end, unless DSV3_KEEP_LAB is set."""
-    paths = default_paths()
-    with Steps(Console(stderr=True)) as steps:
-        bringup.down(paths, NAME, steps)  # a session that was killed leaves its lab
-        wish = bringup.Wish(
-            name=NAME, hosts=2, gpus=8, profiles=PAIR, inventory=tmp_path_factory.mktemp("inventory") / NAME
-        )
+    """Two bare hosts, gone in the end. With DSV3_KEEP_LAB they stay, and the next session goes on with them."""
+    wish = bringup.Wish(
+        name=NAME, hosts=2, gpus=8, profiles=PAIR, inventory=tmp_path_factory.mktemp("inventory") / NAME
+    )
+    if os.environ.get("DSV3_KEEP_LAB"):
         yield up(wish, times)
-        if not os.environ.get("DSV3_KEEP_LAB"):
-            bringup.down(paths, NAME, steps)
+        return
+    with Steps(Console(stderr=True)) as steps:
+        bringup.down(default_paths(), NAME, steps)  # a session that was killed leaves its lab
+        yield up(wish, times)
+        bringup.down(default_paths(), NAME, steps)
 
 
 def up(wish: bringup.Wish, times: Times) -> Lab:

@@ -113,7 +113,7 @@ class HeadWorker:
         with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as scratch:
             bundle = build_bundle(Path(scratch))
             known = sorted(
-                str(path)
+                str(path.absolute())
                 for pattern in ("run.json", "job.json", "api_n*.json")
                 for path in self._folder.path.glob(pattern)
             )
@@ -161,7 +161,7 @@ class HeadWorker:
         self._head.play("stop", self._variables)
 
     def collect(self) -> None:
-        """Bring results here; files that are here already are left as they are."""
+        """Bring results here and tidy up there; files that are here already are left as they are."""
         self._look()
         self._head.play("collect", {**self._variables, "benchmark_here": self._files_here()})
 

@@ -205,7 +205,7 @@ def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> l
             f"{environment['nccl_transport']}, as configured" if environment.get("nccl_transport") else "",
         ),
         ("Image", " ".join(filter(None, (str(image.get("name", "")), str(image.get("digest", "")))))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "image")),
         ("Serving command", " ".join(environment.get("serve_argv", ()))),
         ("Request lengths", lengths if plan.dataset == "random" else "ShareGPT's own"),
         ("Prompt text", "; ".join(_TEXTS[text] for text in texts)),

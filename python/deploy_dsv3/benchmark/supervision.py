@@ -13,7 +13,15 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from deploy_dsv3.benchmark.runs import RunFolder
-from deploy_dsv3.errors import BY_EXIT_CODE, DeployError, HostError, Interrupted, UnreachableError, UsageError
+from deploy_dsv3.errors import (
+    BY_EXIT_CODE,
+    DeployError,
+    HostError,
+    InternalError,
+    Interrupted,
+    UnreachableError,
+    UsageError,
+)
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 20.0
@@ -170,7 +178,7 @@ def raise_told(told: Mapping[str, Any]) -> NoReturn:
     code = told.get("exit_code", 1)
     if code > 128:
         raise Interrupted(code - 128, message=told["message"], remedy=told["remedy"])
-    kind: type[DeployError] = UsageError if code == 2 else BY_EXIT_CODE.get(code, DeployError)
+    kind: type[DeployError] = UsageError if code == 2 else BY_EXIT_CODE.get(code, InternalError)
     raise kind(told["message"], remedy=told["remedy"])
 
 

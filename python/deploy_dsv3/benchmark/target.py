@@ -73,16 +73,34 @@ def find_target(loaded: Loaded, options: Options, replica_name: str) -> Target:
                 f"{host}: {seen[host].error}; nothing was measured",
                 remedy="`deploy-dsv3 status` looks at every host.",
             )
-    head, settings = seen[replica.head], loaded.settings.of(replica.head)
+    return make_target(replica, seen, loaded.settings.of(replica.head), connections[replica.head])
+
+
+def make_target(
+    replica: Replica,
+    seen: Mapping[str, Observation],
+    settings: Mapping[str, Any],
+    connection: Mapping[str, Any],
+) -> Target:
+    """The service of a replica whose hosts were looked at.
+
+    Args:
+        replica: its hosts.
+        seen: what was seen of each.
+        settings: the head's.
+        connection: the head's variables for connecting.
+
+    Raises:
+        UnreachableError: nothing is deployed there.
+    """
+    head = seen[replica.head]
     release = head.document("release")
     if not release:
         raise UnreachableError(
             f"{replica.head}: nothing is deployed there (no release.json); nothing was measured",
             remedy="Deploy first: deploy-dsv3 --inventory PATH.",
         )
-    address = head.document("node").get("node_address") or observation.connect_address(
-        replica.head, connections[replica.head]
-    )
+    address = head.document("node").get("node_address") or observation.connect_address(replica.head, connection)
     keys = settings["endpoint_api_keys"]
     environment = describe(replica, seen)
     batch, known_from = running_batch_size(release, environment["gpus"]["name"])

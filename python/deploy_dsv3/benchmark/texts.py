@@ -84,8 +84,10 @@ def load_tokenizer(path: Path) -> ModelTokenizer:
         ) from error
     try:
         tokenizer = Tokenizer.from_file(str(file))
+        # A vocabulary of a few words loads, and fails at the first word it lacks.
+        tokenizer.encode(" the quick brown fox, 42 文")
     except Exception as error:  # the library raises plain Exception
-        raise UsageError(f"{file} is not a tokenizer: {error}", remedy=remedy) from error
+        raise UsageError(f"{file} is not a tokenizer for text: {error}", remedy=remedy) from error
     return ModelTokenizer(tokenizer, _leading_token(tokenizer, folder / "tokenizer_config.json"))
 
 

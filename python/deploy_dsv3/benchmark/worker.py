@@ -16,6 +16,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from deploy_dsv3.benchmark.plan import Plan, Row
 from deploy_dsv3.benchmark.runs import RunFolder, now
 from deploy_dsv3.benchmark.texts import load_sharegpt, load_tokenizer
 from deploy_dsv3.benchmark.workload import Tokenizer, Workload, make_workload
-from deploy_dsv3.errors import DeployError, Interrupted, UnreachableError, UsageError
+from deploy_dsv3.errors import DeployError, InternalError, Interrupted, UnreachableError, UsageError
 
 _REPORT_EVERY_S = 1.0
 # Upstream rests this long between the warm-up and the row.
@@ -302,6 +303,12 @@ def main(arguments: list[str]) -> int:
             sweep.say_failed(error)
         print(f"{error.message}\n{error.remedy}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        if sweep is not None:
+            summary = f"a defect of deploy-dsv3: {type(error).__name__}: {error}"
+            sweep.say_failed(InternalError(summary, remedy="Please report it, with worker.log."))
+        return InternalError.exit_code
     return 0
 
 

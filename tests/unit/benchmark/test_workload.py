@@ -172,5 +172,9 @@ def test_unreadable_dataset_and_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokenizer at"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"not": "one"}))
-    with pytest.raises(UsageError, match="is not a tokenizer"):
+    with pytest.raises(UsageError, match="is not a tokenizer for text"):
+        load_tokenizer(tmp_path)
+    few_words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(few_words))
+    with pytest.raises(UsageError, match="is not a tokenizer for text"):
         load_tokenizer(tmp_path)

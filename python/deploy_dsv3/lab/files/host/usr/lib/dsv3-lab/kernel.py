@@ -30,6 +30,8 @@ MODULES = STATE / "modules.json"  # names of the simulated modules that are load
 INITRAMFS = Path("/var/lib/dsv3-initramfs/modprobe.d")  # what update-initramfs copied
 DKMS = Path("/var/lib/dkms/nvidia")  # <version>/<kernel>: modules that were built
 
+VIRTUAL_INTERFACES = Path("/sys/devices/virtual/net")  # where the kernel keeps those of a container
+
 NVIDIA_MODULES = ("nvidia", "nvidia_modeset", "nvidia_uvm", "nvidia_peermem")
 RDMA_MODULES = ("ib_core", "ib_uverbs", "ib_umad", "rdma_cm", "rdma_ucm", "mlx5_core", "mlx5_ib")
 NVIDIA_MAJOR, UVM_MAJOR, NVSWITCH_MAJOR, IB_MAJOR = 195, 511, 510, 231
@@ -122,6 +124,7 @@ def apply() -> None:
             plug(gpu, "0x10de", "0x030200")
     for switch in machine["nvswitches"]:
         plug(switch, "0x10de", "0x068000")
+    remove_interfaces(machine)
     management = plug(machine["management"], "0x8086", "0x020000")
     show_interface(management, "eth0")
     for module in RDMA_MODULES:
@@ -142,6 +145,7 @@ def unplug() -> None:
         path = pci_path(slot)
         for interface in (path / "net").glob("*"):
             run("umount", str(interface))
+            (Path("/sys/class/net") / interface.name).unlink()
         shutil.rmtree(path)
         (Path("/sys/bus/pci/devices") / slot).unlink()
     PLUGGED.unlink(missing_ok=True)
@@ -236,17 +240,26 @@ def show_port(path: Path, port: dict[str, Any]) -> None:
 def add_interface(interface: dict[str, str], *, up: bool) -> None:
     """The network interface of a RoCE port: a real one, on the lab's network."""
     name = interface["name"]
-    if not (Path("/sys/class/net") / name).exists():
+    if not (VIRTUAL_INTERFACES / name).exists():
         run("ip", "link", "add", "link", "eth0", "name", name, "type", "macvlan", "mode", "bridge")
         run("ip", "address", "add", interface["address"], "dev", name)
     run("ip", "link", "set", name, "up" if up else "down")
+
+
+def remove_interfaces(machine: dict[str, Any]) -> None:
+    """Take away the interfaces of ports that are gone."""
+    ports = [port for hca in machine["hcas"] for port in hca["ports"] if port["interface"]]
+    kept = {"lo", "eth0", *(port["interface"]["name"] for port in ports)}
+    for path in VIRTUAL_INTERFACES.iterdir():
+        if path.name not in kept and (path / "lower_eth0").exists():
+            run("ip", "link", "delete", path.name)
 
 
 def show_interface(pci: Path, name: str) -> None:
     """Let an interface belong to a PCI device: the live entries of sysfs, in that device's folder."""
     place = pci / "net" / name
     place.mkdir(parents=True)
-    run("mount", "--bind", f"/sys/devices/virtual/net/{name}", str(place))
+    run("mount", "--bind", str(VIRTUAL_INTERFACES / name), str(place))
     link(Path("/sys/class/net") / name, place)
 
 

@@ -1,0 +1,425 @@
+"""What the roles would do on one host, and why. Pure: facts, settings and a derived plan in, actions out.
+
+Each role that changes hosts is looked at in three ways: what somebody changed by hand since the last finished
+deploy is put back where the role makes it (`drift`); what Python works out itself is compared with the host (files
+of the launcher, environment, daemon.json, image); and what the role would be given is compared with what the last
+finished deploy gave it (`wanted`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploy_dsv3 import drift, manifest, wanted
+from deploy_dsv3.derive import HostInput, NodePlan
+from deploy_dsv3.drift import Drift
+from deploy_dsv3.facts import Container, HostFacts
+from deploy_dsv3.topology import Replica
+
+Kind = Literal["created", "changed", "restarted", "rebooted", "downloaded", "removed", "checked"]
+
+# Inputs that are compared with the host itself, so that a difference in them need not be told a second time.
+_COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
+    "docker_engine": frozenset(
+        f"docker_engine_{name}"
+        for name in ("data_path", "insecure_registries", "live_restore", "options", "registry_mirrors")
+    ),
+    "engine_image": frozenset(
+        ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))
+    ),
+}
+_COMPARED_NODE = frozenset({"devices", "environment", "node_file", "serve_file"})
+# What a changed input of a role means, in words.
+_SUBJECTS: Mapping[str, str] = {
+    "nvidia_driver": "NVIDIA driver packages",
+    "fabric_manager": "fabric manager package",
+    "docker_engine": "Docker packages",
+    "nvidia_container_toolkit": "container toolkit and CDI specification",
+    "engine_image": "engine image",
+    "lmdeploy": "API keys of the engine",
+    "endpoint": "configuration of the endpoint",
+}
+# The launcher reads these when it starts; the role restarts the container for them.
+_READ_AT_START = ("launcher.py", "node.json", "secrets/ray_token")
+_ENGINE = "/etc/deploy-dsv3/engine"
+_ENDPOINT_UNIT = "/etc/systemd/system/dsv3-endpoint.service"
+_CDI_TOOL = "nvidia-container-toolkit"
+_SHOWN = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """One thing that a deploy would do on a host.
+
+    Attributes:
+        host: where.
+        stage: in which stage.
+        role: by which role.
+        kind: what happens to the subject. ``checked`` is a role that is walked because nothing is known of its
+            last run, and may find nothing to do; ``rebooted`` is for the operator to do.
+        subject: what it happens to.
+        why: what was found, and what is wanted.
+        bytes: bytes to download; None where that is not known or does not apply.
+        stops: whether clients wait meanwhile.
+    """
+
+    host: str
+    stage: str
+    role: str
+    kind: Kind
+    subject: str
+    why: str
+    bytes: int | None = None
+    stops: bool = False
+
+
+class View:
+    """One host: its facts and settings, what is derived for it, and what the last finished deploy recorded there.
+
+    Args:
+        known: facts and settings.
+        facts: the facts, which `known` has.
+        node: the derived plan of the host.
+        replica: the replica that it belongs to.
+    """
+
+    def __init__(self, *, known: HostInput, facts: HostFacts, node: NodePlan, replica: Replica) -> None:
+        self.host = known.host
+        self.settings = known.settings
+        self.facts = facts
+        self.node = node
+        self.is_head = known.host == replica.head
+        self.state = drift.state_of(facts, node.container_name)
+        self.manifest = manifest.load(facts)
+        self.drift = drift.find(self.host, self.manifest.state, self.state) if self.manifest else []
+
+    @property
+    def container(self) -> Container | None:
+        """The engine's container, whoever made it."""
+        named = [one for one in self.facts.docker.containers if one.name == self.node.container_name]
+        return named[0] if named else None
+
+    @property
+    def want(self) -> str:
+        """A hash of everything that the roles would be given."""
+        roles = [role for role in wanted.ROLES if self.applies(role)]
+        whole = {role: self.inputs(role) for role in roles}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def applies(self, role: str) -> bool:
+        return wanted.applies(role, self.settings, self.facts, is_head=self.is_head)
+
+    def given(self, role: str) -> Mapping[str, Any] | None:
+        """What the last finished deploy gave a role; None if it did not run."""
+        return self.manifest.inputs.get(role) if self.manifest else None
+
+    def inputs(self, role: str) -> dict[str, Any]:
+        """What a role would be given now."""
+        salt = self.manifest.salt if self.manifest else ""
+        return wanted.inputs(role, self.settings, self.node.to_json(), salt=salt)
+
+    def has_file(self, path: str) -> bool:
+        return f"file {path}" in self.state
+
+    def has_package(self, name: str) -> bool:
+        return f"package {name}" in self.state
+
+    def action(self, role: str, kind: Kind, subject: str, why: str, **more: Any) -> Action:
+        return Action(host=self.host, stage=wanted.ROLES[role], role=role, kind=kind, subject=subject, why=why, **more)
+
+
+def actions(view: View) -> Iterator[Action]:
+    """What is to be done on a host, each subject once; the most exact reason is the one that is told."""
+    for role in wanted.ROLES:
+        given = view.given(role)
+        if not view.applies(role):
+            if role == "endpoint" and view.is_head and view.facts.deployment.endpoint:
+                yield view.action(role, "removed", "the endpoint", "endpoint_mode is direct: clients reach the engine")
+            continue
+        found: dict[str, Action] = {}
+        for action in (*_put_back(view, role), *_compared(view, role), *_given_anew(view, role, given)):
+            found.setdefault(action.subject, action)
+        # That a role is walked goes without saying where it has something to do.
+        todo = [action for action in found.values() if action.kind != "checked"] or list(found.values())
+        yield from todo
+        yield from _restarts(view, role, todo)
+
+
+def _put_back(view: View, role: str) -> Iterator[Action]:
+    """What was changed by hand and the role makes again."""
+    for one in view.drift:
+        if one.role == role and _makes_again(view, one):
+            subject, path = _subject_of(view, one.key)
+            yield view.action(
+                role,
+                "changed" if one.found else "created",
+                subject,
+                f"put back: {one}",
+                stops=one.kind in ("container", "image") or path in _READ_AT_START,
+            )
+
+
+def _makes_again(view: View, one: Drift) -> bool:
+    """Whether the role that makes a thing notices that it was changed. It leaves alone what it did not make."""
+    if one.kind == "daemon.json":
+        key = one.key.removeprefix("daemon.json ")
+        merged = wanted.daemon_json(view.settings, view.facts)
+        return merged.get(key) != (view.facts.docker.daemon_json or {}).get(key)
+    if one.kind == "package":
+        # A package of any version is present; only the fabric manager's version is the driver's.
+        return not one.found or one.role == "fabric_manager"
+    if one.kind == "file":
+        # Role engine_image starts from its record, and role engine takes the head's token as it is.
+        kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
+        return bool(one.recorded) and not (kept and one.found)
+    if one.kind == "unit":
+        return bool(one.recorded)
+    return True
+
+
+def _subject_of(view: View, key: str) -> tuple[str, str]:
+    """What an action on a key of the state is said to change, and the file's name below the engine's folder."""
+    if key.startswith("container "):
+        return f"container {view.node.container_name}", ""
+    if key.startswith("daemon.json"):
+        return "/etc/docker/daemon.json", ""
+    if key.startswith("file "):
+        path = key.removeprefix("file ")
+        return path, path.removeprefix(f"{_ENGINE}/")
+    return key, ""
+
+
+def _given_anew(view: View, role: str, given: Mapping[str, Any] | None) -> Iterator[Action]:
+    """What differs in what the role is given from what the last finished deploy gave it."""
+    if given is None:
+        yield view.action(role, "checked", f"role {role}", "no finished deploy is on record on this host")
+        return
+    now = view.inputs(role)
+    stops = role in ("engine", "lmdeploy")
+    subject = f"container {view.node.container_name}" if role == "engine" else _SUBJECTS[role]
+    for name in _changed_keys(given.get("settings"), now["settings"]):
+        if name not in _COMPARED_SETTINGS.get(role, ()):
+            why = f"{name}: {_change(given.get('settings'), now['settings'], name)}"
+            yield view.action(role, "changed", subject, why, stops=stops)
+    for name in _changed_keys(given.get("node"), now["node"]):
+        if name not in _COMPARED_NODE:
+            why = f"{name}: {_change(given.get('node'), now['node'], name)}"
+            yield view.action(role, "changed", subject, why, stops=stops)
+    if given.get("digest") != now["digest"]:
+        yield view.action(role, "checked", f"role {role}", "the role is of another version than the one that ran last")
+
+
+def _compared(view: View, role: str) -> Iterator[Action]:
+    compare = _COMPARISONS.get(role)
+    return compare(view) if compare else iter(())
+
+
+def _nvidia_driver(view: View) -> Iterator[Action]:
+    facts, settings = view.facts, view.settings
+    if facts.gpus:
+        return
+    error = facts.nvidia_smi.error
+    if "mismatch" in error:
+        yield view.action(
+            "nvidia_driver", "rebooted", "the host", f"nvidia-smi: {error}. No role reboots: reboot it yourself"
+        )
+        return
+    source, modules = settings["nvidia_driver_source"], settings["nvidia_driver_kernel_modules"]
+    subject = f"NVIDIA driver {settings['nvidia_driver_branch']} ({source}, {modules} modules)"
+    yield view.action(
+        "nvidia_driver", "created", subject, f"nvidia-smi: {error}" if error else "there is no nvidia-smi"
+    )
+
+
+def _fabric_manager(view: View) -> Iterator[Action]:
+    if "unit nvidia-fabricmanager.service active" not in view.state:
+        why = f"the host has {len(view.facts.pci_nvswitches)} NVSwitches and no fabric manager"
+        yield view.action("fabric_manager", "created", "fabric manager of the driver's version", why)
+
+
+def _docker_engine(view: View) -> Iterator[Action]:
+    docker = view.facts.docker
+    if not docker.installed:
+        source = view.settings["docker_engine_source"]
+        yield view.action("docker_engine", "created", f"Docker ({source})", "there is no dockerd")
+    found = docker.daemon_json or {}
+    merged = wanted.daemon_json(view.settings, view.facts)
+    changed = _changed_keys(found, merged)
+    if changed:
+        why = "; ".join(f"{key}: {_change(found, merged, key)}" for key in changed)
+        kind: Kind = "created" if docker.daemon_json is None else "changed"
+        yield view.action("docker_engine", kind, "/etc/docker/daemon.json", why)
+
+
+def _nvidia_container_toolkit(view: View) -> Iterator[Action]:
+    role = "nvidia_container_toolkit"
+    if not view.has_package(_CDI_TOOL):
+        yield view.action(role, "created", "NVIDIA container toolkit", "the package is not installed")
+    path = view.settings["nvidia_container_toolkit_cdi_spec_path"]
+    if path not in view.facts.cdi.specs:
+        yield view.action(role, "created", path, "nothing names the GPUs to Docker yet")
+
+
+def _engine_image(view: View) -> Iterator[Action]:
+    facts, settings = view.facts, view.settings
+    name = settings["engine_image_name"]
+    names = {known for image in facts.docker.images for known in image.names}
+    if settings["engine_image_archive_path"]:
+        if name not in names:
+            why = f"{name} is loaded from {settings['engine_image_archive_path']}"
+            yield view.action("engine_image", "created", "engine image", why)
+        return
+    digest = wanted.image_digest(settings, facts)
+    if digest and any(known.endswith(f"@{digest}") for known in names):
+        return
+    registry = facts.registry
+    why = "the host does not have it"
+    if registry and registry.error:
+        why += f"; its size is not known: {registry.error}"
+    size = registry.bytes if registry and registry.bytes else None
+    yield view.action("engine_image", "downloaded", f"{name} {digest}".strip(), why, bytes=size)
+
+
+def _engine(view: View) -> Iterator[Action]:
+    found = view.facts.deployment.node_file
+    node_file = _as_json(view.node.node_file)
+    if found != node_file:
+        yield _file_action(view, "engine", f"{_ENGINE}/node.json", found, node_file)
+    launcher = view.state.get(f"file {_ENGINE}/launcher.py", "")
+    if not launcher.endswith(wanted.launcher_sha256()):
+        kind: Kind = "changed" if launcher else "created"
+        why = "this version brings another one" if launcher else "it is not there"
+        yield view.action("engine", kind, f"{_ENGINE}/launcher.py", why, stops=True)
+    container = view.container
+    if container is None:
+        why = f"there is no container {view.node.container_name}"
+        yield view.action("engine", "created", f"container {view.node.container_name}", why, stops=True)
+        return
+    reasons = list(_container_reasons(view, container))
+    if reasons:
+        subject = f"container {view.node.container_name}"
+        yield view.action("engine", "changed", subject, "; ".join(reasons), stops=True)
+
+
+def _container_reasons(view: View, container: Container) -> Iterator[str]:
+    """What in a container differs from what was derived for it."""
+    config = container.config
+    if config is None:
+        yield "it was made by somebody else"
+        return
+    given = (view.given("engine") or {}).get("node", {}).get("environment") or {}
+    for name, value in view.node.environment.items():
+        if config.environment.get(name) not in (value, _hash(value)):
+            yield f"{name}: {_change(config.environment, view.node.environment, name)}"
+    for name in given:
+        if name in config.environment and name not in view.node.environment:
+            yield f"{name}: not wanted any more"
+    missing = [device for device in view.node.devices if device not in config.devices]
+    if missing:
+        yield f"without {', '.join(missing)}"
+    digest = "" if view.settings["engine_image_archive_path"] else wanted.image_digest(view.settings, view.facts)
+    if digest and "@" in config.image and not config.image.endswith(f"@{digest}"):
+        yield f"image: {_short(config.image)} → {_short(digest)}"
+
+
+def _lmdeploy(view: View) -> Iterator[Action]:
+    serve_file = _as_json(view.node.serve_file)
+    if view.is_head and view.facts.deployment.serve_file != serve_file:
+        found = view.facts.deployment.serve_file
+        yield _file_action(view, "lmdeploy", f"{_ENGINE}/serve.json", found, serve_file)
+    release = view.facts.deployment.release or {}
+    said = {"argv": release.get("serve", {}).get("argv"), "model": release.get("model")}
+    model = {"name": view.node.served_model, "path": view.node.model_path}
+    if said != {"argv": serve_file["argv"], "model": model}:
+        kind: Kind = "changed" if release else "created"
+        yield view.action("lmdeploy", kind, "/etc/deploy-dsv3/release.json", "it names what the host is to run")
+
+
+def _endpoint(view: View) -> Iterator[Action]:
+    if not view.has_package("haproxy"):
+        yield view.action("endpoint", "created", "HAProxy", "the package is not installed")
+    if not view.facts.deployment.endpoint:
+        yield view.action("endpoint", "created", "configuration of the endpoint", "there is none")
+    if not view.has_file(_ENDPOINT_UNIT):
+        yield view.action("endpoint", "created", _ENDPOINT_UNIT, "there is no such service")
+
+
+_COMPARISONS: Mapping[str, Callable[[View], Iterator[Action]]] = {
+    "nvidia_driver": _nvidia_driver,
+    "fabric_manager": _fabric_manager,
+    "docker_engine": _docker_engine,
+    "nvidia_container_toolkit": _nvidia_container_toolkit,
+    "engine_image": _engine_image,
+    "engine": _engine,
+    "lmdeploy": _lmdeploy,
+    "endpoint": _endpoint,
+}
+
+
+def _file_action(view: View, role: str, path: str, found: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Action:
+    if found is None:
+        return view.action(role, "created", path, "it is not there", stops=True)
+    before, after = _flat(found), _flat(new)
+    changes = [f"{key}: {_change(before, after, key)}" for key in _changed_keys(before, after)]
+    return view.action(role, "changed", path, "; ".join(changes), stops=True)
+
+
+def _restarts(view: View, role: str, actions: Sequence[Action]) -> Iterator[Action]:
+    """The restarts that follow from what a role changes."""
+    subjects = {action.subject: action for action in actions if action.kind in ("created", "changed")}
+    container = f"container {view.node.container_name}"
+    if role == "docker_engine" and "/etc/docker/daemon.json" in subjects and view.facts.docker.installed:
+        live = (view.facts.docker.daemon_json or {}).get("live-restore") is True
+        effect = "containers go on" if live else "running containers stop: docker_engine_allow_restart is needed"
+        yield view.action(role, "restarted", "Docker", f"daemon.json changes; {effect}", stops=not live)
+    if role == "engine" and container not in subjects:
+        files = [name for name in _READ_AT_START if f"{_ENGINE}/{name}" in subjects]
+        if files and view.container is not None:
+            yield view.action(role, "restarted", container, f"it reads {', '.join(files)} at its start", stops=True)
+    if role == "lmdeploy" and view.facts.deployment.serve_file and f"{_ENGINE}/serve.json" in subjects:
+        yield view.action(role, "restarted", "lmdeploy serve", "the launcher starts the new command", stops=True)
+    if role == "endpoint" and _ENDPOINT_UNIT in subjects and view.facts.deployment.endpoint:
+        yield view.action(role, "restarted", "dsv3-endpoint.service", "its unit changes")
+
+
+def _changed_keys(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
+    known = before or {}
+    return sorted(key for key in known.keys() | after.keys() if known.get(key) != after.get(key))
+
+
+def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], key: str) -> str:
+    """``old → new``; of secrets and of mappings, which may hold some, only that they changed."""
+    old, new = (before or {}).get(key), after.get(key)
+    if any(isinstance(value, dict) or str(value).startswith(("hmac:", "sha256:")) for value in (old, new)):
+        return "another value"
+    return f"{_short(drift.text(old)) or 'unset'} → {_short(drift.text(new)) or 'unset'}"
+
+
+def _hash(value: str) -> str:
+    """The value as the probe tells it where it may be a secret."""
+    return f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
+
+
+def _as_json(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document as it comes back from its file."""
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A JSON object with the keys of nested ones joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
