@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   deploy-dsv3 --inventory prod.ini              bare servers to a verified service
-  deploy-dsv3 --inventory prod.ini --check      what would change
+  deploy-dsv3 plan -i prod.ini                  what that would do, and why
   deploy-dsv3 -i prod.ini -e lmdeploy_tp=16     with a setting of its own
   deploy-dsv3 status -i prod.ini --json         for a monitor
   deploy-dsv3 lab up                            a rehearsal fleet on this machine
@@ -34,7 +34,8 @@ Examples:
 \b
 Exit status: 0 done and verified; 2 usage, inventory or settings wrong; 3 preflight
 says no; 4 a host failed, run again to continue; 5 verification failed; 6 a host could
-not be reached; 7 another run holds the lock; 130/143 stopped, run again to continue.
+not be reached; 7 another run holds the lock; 10 (plan) something to do; 130/143 stopped,
+run again to continue.
 """
 
 #: Verbs that live in other packages: ``name: (module:attribute, help)``.
@@ -100,6 +101,50 @@ def cli(context: click.Context, /, **_: Any) -> None:
         from deploy_dsv3 import verbs
 
         _finish(verbs.deploy(collect(context)), context)
+
+
+@cli.command()
+@inventory_options
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the plan in a file, readable only by you.",
+)
+@click.pass_context
+def plan(context: click.Context, /, *, out: Path | None, **_: Any) -> None:
+    """Show what a deploy would do on each host, and why; changes nothing.
+
+    Also shows what somebody changed by hand, how long clients would wait, whether the model fits and what will be
+    served how. Exit status 0 means nothing to do, 10 something.
+    """
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.plan(collect(context), out=out), context)
+
+
+@cli.command()
+@inventory_options
+@click.pass_context
+def history(context: click.Context, /, **_: Any) -> None:
+    """List the runs that changed a deployment: who, when, what, how it ended."""
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.history(collect(context)), context)
+
+
+@cli.command()
+@inventory_options
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before doing it.")
+@click.pass_context
+def unlock(context: click.Context, /, **_: Any) -> None:
+    """Break the lock that a run holds while it changes a deployment.
+
+    Runs that end give it back, and one that was killed loses it by itself in a few minutes at most.
+    """
+    from deploy_dsv3 import verbs
+
+    _finish(verbs.unlock(collect(context)), context)
 
 
 @cli.command()

@@ -199,6 +199,14 @@ def _property(setting: Setting) -> dict[str, Any]:
     return schema
 
 
+def _settings_of(document: Path) -> Mapping[str, Setting] | None:
+    """What a document tells: a role's README its own settings, any other all of them."""
+    folder = document.absolute().parent
+    if folder.parent.name != "roles":
+        return None
+    return {name: setting for name, setting in catalogue().items() if setting.role == folder.name}
+
+
 def main(argv: Sequence[str]) -> int:
     """Write the tables into documents, or check them.
 
@@ -217,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         text = path.read_text(encoding="utf-8")
         # README.zh-CN.md is in the language that its name says.
         language = path.stem.partition(".")[2]
-        fresh = insert(text, language=language if language in _COLUMNS else "")
+        fresh = insert(text, _settings_of(path), language=language if language in _COLUMNS else "")
         if fresh != text and check:
             print(f"{name} is out of date: python -m deploy_dsv3.settings_text {name}", file=sys.stderr)
             stale = 1

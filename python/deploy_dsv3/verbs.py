@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from deploy_dsv3 import content, inventory, progress, runner, settings, topology
-from deploy_dsv3.errors import ConfigError, ConfigErrors, Interrupted, UsageError
+from deploy_dsv3.errors import ConfigError, ConfigErrors, Interrupted, UnreachableError, UsageError
 from deploy_dsv3.events import Failure, HostFailed, HostOk, Outcome, Record, StageStarted
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
 from deploy_dsv3.settings import Settings
 from deploy_dsv3.topology import Deployment
+
+if TYPE_CHECKING:
+    from deploy_dsv3.observation import Observation
+    from deploy_dsv3.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,97 @@ def deploy(options: Options) -> Result:
     return _play("deploy", options, target, verify_after=_stage_is_wanted("verify", options) and not options.check)
 
 
+def plan(options: Options, *, out: Path | None = None) -> Result:
+    """Tell what a deploy would do, and why; looks at every host once and changes nothing.
+
+    Args:
+        options: the command line.
+        out: where to keep the plan, if anywhere, for a later `deploy`.
+
+    Raises:
+        DeployError: it could not begin, or the plan cannot be written.
+    """
+    from deploy_dsv3 import plan_file, plan_text
+
+    target = load(options, whole_replicas=True)
+    made = _plan(target, options)
+    if out:
+        plan_file.save(made, out)
+    return Result(
+        exit_code=made.exit_code,
+        document=made.as_dict(),
+        render=lambda stream: plan_text.render(made, stream),
+    )
+
+
+def _plan(target: Target, options: Options) -> Plan:
+    from deploy_dsv3 import plan, probing
+
+    fleet = probing.probe(target.plain_settings, target.connections(options))
+    return plan.make(target.deployment, fleet.hosts, unreachable=fleet.unreachable, warnings=target.warnings)
+
+
+def history(options: Options) -> Result:
+    """List the runs that changed a deployment, as its heads remember them.
+
+    Raises:
+        DeployError: it could not begin, or a head could not be reached.
+    """
+    from deploy_dsv3 import history, lock
+
+    target = load(options, whole_replicas=True)
+    answers = lock.ask(_heads(target, options), {"do": "read"})
+    _insist(answers)
+    runs = history.merge(answer.seen["runs"] for answer in answers.values())
+    return Result(
+        exit_code=0,
+        document={"schema": history.SCHEMA, "verb": "history", "exit_code": 0, "runs": runs},
+        render=lambda stream: history.render(runs, stream),
+    )
+
+
+def unlock(options: Options) -> Result:
+    """Break the lock of a deployment, whoever holds it; asks first.
+
+    Raises:
+        UsageError: nobody said yes.
+        DeployError: it could not begin, or a head could not be reached.
+    """
+    from deploy_dsv3 import lock
+
+    target = load(options, whole_replicas=True)
+    heads = _heads(target, options)
+    answers = lock.ask(heads, {"do": "read"})
+    _insist(answers)
+    held = {host: answer.seen["holder"] for host, answer in answers.items() if answer.seen["holder"]}
+    told = [lock.refusal(host, holder).message for host, holder in held.items()]
+    if held:
+        for line in told:
+            click.echo(line, err=True)
+        _ask(options, "Break the lock? A run that still goes on would no longer be alone.", "the lock is still held")
+        answers = lock.ask({host: heads[host] for host in held}, {"do": "break"})
+        _insist(answers)
+    return Result(
+        exit_code=0,
+        document={"schema": 1, "verb": "unlock", "exit_code": 0, "broken": held},
+        render=lambda stream: click.echo(
+            f"unlock: {', '.join(held)} freed" if held else "unlock: no lock is held", file=stream
+        ),
+    )
+
+
+def _heads(target: Target, options: Options) -> dict[str, dict[str, Any]]:
+    """The heads' variables for connecting."""
+    connections = target.connections(options)
+    return {replica.head: connections[replica.head] for replica in target.deployment.replicas}
+
+
+def _insist(answers: Mapping[str, Observation]) -> None:
+    away = [f"{host}: {answer.error}" for host, answer in answers.items() if not answer.reached]
+    if away:
+        raise UnreachableError("; ".join(away), remedy="The head keeps lock and history: bring it back first.")
+
+
 def verify(options: Options, *, junit: Path | None = None) -> Result:
     """Look at every host of a running deployment, and at its endpoint; changes nothing.
 
@@ -211,16 +306,24 @@ def destroy(options: Options, *, drivers: bool, weights: bool) -> Result:
 
 
 def _confirm(options: Options, target: Target, *, drivers: bool, weights: bool) -> None:
-    if options.yes:
-        return
     what = ["the engine containers, their configuration and the endpoint"]
     what += ["the drivers and runtimes"] if drivers else []
     what += ["the model weights"] if weights else []
-    question = f"Remove {' and '.join(what)} from {', '.join(target.hosts)}?"
+    _ask(options, f"Remove {' and '.join(what)} from {', '.join(target.hosts)}?", "nothing was removed")
+
+
+def _ask(options: Options, question: str, otherwise: str) -> None:
+    """Go on only if somebody says yes.
+
+    Raises:
+        UsageError: nobody does.
+    """
+    if options.yes:
+        return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError(f"{question} Nobody is there to ask.", remedy="Add --yes to say so beforehand.")
     if not click.confirm(question, err=True):
-        raise UsageError("not confirmed; nothing was removed", remedy="Answer y, or add --yes.")
+        raise UsageError(f"not confirmed; {otherwise}", remedy="Answer y, or add --yes.")
 
 
 def _play(

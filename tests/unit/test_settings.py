@@ -278,6 +278,10 @@ class TestText:
     def test_the_readme_is_up_to_date(self, name: str) -> None:
         assert settings_text.main(["--check", str(Path(__file__).parents[2] / name)]) == 0
 
+    @pytest.mark.parametrize("role", sorted({setting.role for setting in settings_text.public()}))
+    def test_the_role_s_readme_is_up_to_date(self, role: str) -> None:
+        assert settings_text.main(["--check", str(content.roles() / role / "README.md")]) == 0
+
     def test_a_document_without_markers_is_refused(self) -> None:
         with pytest.raises(ValueError, match="markers"):
             settings_text.insert("no markers here")
