@@ -14,6 +14,7 @@ from .findings import Finding, Severity
 
 GIB = 1024**3
 MANAGED_LABEL = "io.deploy-dsv3.managed"
+ROLE_LABEL = "io.deploy-dsv3.role"
 ENDPOINT_UNIT = "dsv3-endpoint.service"
 # The distributions the roles have package tables for; for the Red Hat family the major version counts.
 SUPPORTED_OS = frozenset(
@@ -75,8 +76,8 @@ def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_h
 def _check_os(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:
     system = facts.os
     version = system.version_id.split(".")[0] if system.family == "RedHat" else system.version_id
+    prepared = all(settings[name] == "preinstalled" for name in _DISTRIBUTED)
     if (system.id, version) not in SUPPORTED_OS:
-        prepared = all(settings[name] == "preinstalled" for name in _DISTRIBUTED)
         supported = ", ".join(f"{name} {number}" for name, number in sorted(SUPPORTED_OS))
         yield Finding(
             code="os",
@@ -96,13 +97,16 @@ def _check_os(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Itera
             remedy="take the host out of the inventory",
         )
     if system.init != "systemd":
+        # What others prepared runs without us; then nothing of ours is a unit, and reboots are the operator's business.
+        alone = prepared and settings["endpoint_mode"] == "direct"
         yield Finding(
             code="init",
             host=host,
-            severity="error",
+            severity="warning" if alone else "error",
             message=f"{host}: PID 1 is not systemd",
             cause="Docker, the driver's services and the endpoint run as systemd units",
-            remedy="boot the host with systemd",
+            remedy="boot the host with systemd, or prepare driver, Docker and toolkit yourself (sources preinstalled) "
+            "and set endpoint_mode to direct; Docker is then yours to start after a reboot",
         )
     python = tuple(int(part) for part in re.findall(r"\d+", system.python)[:2])
     if python and python < MIN_PYTHON:
@@ -338,7 +342,9 @@ def _check_containers(host: str, facts: HostFacts, settings: Mapping[str, Any]) 
     name = settings["engine_container_name"]
     for container in facts.docker.containers:
         if _is_ours(container):
-            if container.name != name and container.state == "running":
+            # A benchmark beside the engine is ours too, and no engine.
+            engine = container.labels.get(ROLE_LABEL, "") in ("", "head", "worker")
+            if engine and container.name != name and container.state == "running":
                 yield Finding(
                     code="container-left",
                     host=host,

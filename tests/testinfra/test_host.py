@@ -36,6 +36,8 @@ def test_installed(node: Node) -> None:
     problems = []
     for command, setting in INSTALLED.items():
         found, source = node.seen["commands"][command], node.settings[setting]
+        if command == "nvidia-ctk" and source == "preinstalled":
+            continue  # then the CDI specification counts, whoever wrote it
         if not found["path"]:
             problems.append(f"there is no {command}; {setting} is {source}")
         elif not found["package"] and source != "preinstalled":

@@ -66,6 +66,17 @@ def test_good_fleets_have_no_findings(names: tuple[str, ...]) -> None:
     assert found == {name: [] for name in names}
 
 
+def test_a_prepared_host_without_systemd_is_warned_of() -> None:
+    prepared = {
+        "nvidia_driver_source": "preinstalled",
+        "docker_engine_source": "preinstalled",
+        "nvidia_container_toolkit_source": "preinstalled",
+    }
+    facts = edited("l20-pcie", os__init="other")
+    assert judge_one(facts, **prepared)["init"].severity == "error"
+    assert judge_one(facts, **prepared, endpoint_mode="direct")["init"].severity == "warning"
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "code", "said"),
     [

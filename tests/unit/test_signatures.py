@@ -52,8 +52,7 @@ LINES = [
     (
         "gpu-lost",
         "NVIDIA kernel module",
-        "[812345.678] NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off "
-        "the bus.",
+        "[812345.678] NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.",
     ),
     (
         "gpu-lost",
@@ -69,8 +68,7 @@ LINES = [
     (
         "no-gpu-in-container",
         "moby daemon/cdi.go",
-        "Error response from daemon: CDI device injection failed: unresolvable CDI devices "
-        "nvidia.com/gpu=all",
+        "Error response from daemon: CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=all",
     ),
     (
         "fp8-unsupported",
@@ -185,8 +183,7 @@ LINES = [
     (
         "image-not-found",
         "moby",
-        "Error response from daemon: manifest for openmmlab/lmdeploy:v9 not found: manifest unknown: "
-        "manifest unknown",
+        "Error response from daemon: manifest for openmmlab/lmdeploy:v9 not found: manifest unknown: manifest unknown",
     ),
     (
         "registry-unreachable",
@@ -203,8 +200,7 @@ LINES = [
     (
         "ray-token",
         "Ray src/ray/rpc/authentication",
-        "InvalidAuthToken: Authentication token is missing or incorrect. Note: RAY_AUTH_MODE is currently "
-        "'disabled'",
+        "InvalidAuthToken: Authentication token is missing or incorrect. Note: RAY_AUTH_MODE is currently 'disabled'",
     ),
     (
         "placement-group",
@@ -268,8 +264,7 @@ LINES = [
     (
         "rdma-retries",
         "NCCL 2.19 transport/net_ib.cc",
-        "NCCL WARN NET/IB : Got completion from peer 192.0.2.5<33092> with error 12, opcode 0, len 0, "
-        "vendor err 129",
+        "NCCL WARN NET/IB : Got completion from peer 192.0.2.5<33092> with error 12, opcode 0, len 0, vendor err 129",
     ),
     (
         "rdma-memory-access",
@@ -299,8 +294,7 @@ LINES = [
     (
         "peer-lost",
         "NCCL, through torch.distributed",
-        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
-        "prematurely.",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
     ),
     (
         "nccl-failed",
@@ -317,8 +311,7 @@ LINES = [
     (
         "port-in-use",
         "uvicorn",
-        "ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 23333): address "
-        "already in use",
+        "ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 23333): address already in use",
     ),
     (
         "port-in-use",
@@ -369,9 +362,7 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("identifier", "source", "line"), LINES, ids=[f"{line[0]}: {line[1]}" for line in LINES]
-)
+@pytest.mark.parametrize(("identifier", "source", "line"), LINES, ids=[f"{line[0]}: {line[1]}" for line in LINES])
 def test_recognises_the_line_of_the_real_program(identifier: str, source: str, line: str) -> None:
     match = first_cause(["Loading weights\n", line + "\n", "and so on\n"])
     assert match is not None, source
@@ -448,9 +439,7 @@ ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this
     ],
     ids=["nested RayTaskError", "NCCL", "chained exceptions", "only echoes"],
 )
-def test_finds_the_first_cause_and_not_its_echo(
-    log: str, identifier: str, line_number: int, address: str
-) -> None:
+def test_finds_the_first_cause_and_not_its_echo(log: str, identifier: str, line_number: int, address: str) -> None:
     match = first_cause(log.splitlines())
     assert match is not None
     assert (match.signature.id, match.line_number, match.address) == (identifier, line_number, address)

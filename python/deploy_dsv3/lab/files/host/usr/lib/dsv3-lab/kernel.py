@@ -30,7 +30,9 @@ MODULES = STATE / "modules.json"  # names of the simulated modules that are load
 INITRAMFS = Path("/var/lib/dsv3-initramfs/modprobe.d")  # what update-initramfs copied
 DKMS = Path("/var/lib/dkms/nvidia")  # <version>/<kernel>: modules that were built
 
-VIRTUAL_INTERFACES = Path("/sys/devices/virtual/net")  # where the kernel keeps those of a container
+# The real sysfs, beside the overlays: an overlay goes on believing that a name is absent once it was looked up.
+REAL_SYS = STATE / "sys"
+VIRTUAL_INTERFACES = REAL_SYS / "devices/virtual/net"  # where the kernel keeps those of a container
 
 NVIDIA_MODULES = ("nvidia", "nvidia_modeset", "nvidia_uvm", "nvidia_peermem")
 RDMA_MODULES = ("ib_core", "ib_uverbs", "ib_umad", "rdma_cm", "rdma_ucm", "mlx5_core", "mlx5_ib")
@@ -91,6 +93,8 @@ def boot() -> None:
     write(STATE / "boot_id", str(uuid.uuid4()))  # the kernel's own is the machine's, and never changes
     run("mount", "--bind", f"{STATE}/boot_id", "/proc/sys/kernel/random/boot_id")
     own_network_settings()
+    REAL_SYS.mkdir()
+    run("mount", "--bind", "/sys", str(REAL_SYS))
     for path in ("/sys/devices", "/sys/class", "/sys/bus", "/sys/module"):
         overlay(path)
     run("mount", "-t", "tmpfs", "-o", "mode=755", "driver", "/proc/driver")
