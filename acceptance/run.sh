@@ -118,14 +118,12 @@ phase_engine() {
   python3 "$here/unpack.py" "$bundle" engine "$engine"
   say "compiling bytecode of the engine's packages and of the largest that they import"
   python3 -m compileall -q -j 0 "$engine" >/dev/null || true # templates among them are no Python
-  python3 - <<'PY' || true
-# Three processes import these one after the other at every start: worth compiling once, where it can be written.
-import compileall, importlib.util, os
+  # Three processes import these one after the other at every start: worth compiling once, where it can be written.
+  python3 -c 'import importlib.util as u, os
 for name in ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate"):
-    spec = importlib.util.find_spec(name)
+    spec = u.find_spec(name)
     if spec and spec.origin and os.access(os.path.dirname(spec.origin), os.W_OK):
-        compileall.compile_dir(os.path.dirname(spec.origin), quiet=2, workers=0)
-PY
+        print(os.path.dirname(spec.origin))' | xargs --no-run-if-empty python3 -m compileall -q -j 0 >/dev/null || true
   PYTHONPATH=$engine python3 -c 'from importlib.metadata import version as v; print("ray", v("ray"), "lmdeploy", v("lmdeploy"))'
 }
 

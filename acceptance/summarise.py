@@ -112,6 +112,8 @@ def cache(log: Iterable[str], host: Mapping[str, Any], argv: Sequence[str]) -> d
         ),
     )
     blocks = int(reported.group(1))
+    if not blocks:
+        return {}
     return {
         "reported_blocks": blocks,
         "block_size": int(size.group(1)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from deploy_dsv3 import drift, manifest, wanted
@@ -46,8 +46,16 @@ _SUBJECTS: Mapping[str, str] = {
 # The launcher reads these when it starts; the role restarts the container for them.
 _READ_AT_START = ("launcher.py", "node.json", "secrets/ray_token")
 _ENGINE = "/etc/deploy-dsv3/engine"
+_DAEMON_JSON = "/etc/docker/daemon.json"
 _ENDPOINT_UNIT = "/etc/systemd/system/dsv3-endpoint.service"
-_CDI_TOOL = "nvidia-container-toolkit"
+# Packages that have another name in the plan of a host without them.
+_PACKAGES: Mapping[str, str] = {
+    "package haproxy": "HAProxy",
+    "package nvidia-container-toolkit": "NVIDIA container toolkit",
+}
+# What role engine does not set on the container, and what it changes without making it anew.
+_LEFT_TO_DOCKER = ("cpus", "memory_bytes", "pid_mode", "user")
+_CHANGED_IN_PLACE = ("container restart_policy",)
 _SHOWN = 60
 
 
@@ -142,55 +150,65 @@ def actions(view: View) -> Iterator[Action]:
             continue
         found: dict[str, Action] = {}
         for action in (*_put_back(view, role), *_compared(view, role), *_given_anew(view, role, given)):
-            found.setdefault(action.subject, action)
+            same = found.get(action.subject)
+            found[action.subject] = _joined(same, action) if same else action
         # That a role is walked goes without saying where it has something to do.
         todo = [action for action in found.values() if action.kind != "checked"] or list(found.values())
         yield from todo
         yield from _restarts(view, role, todo)
 
 
+def _joined(first: Action, second: Action) -> Action:
+    """One action for two reasons; what somebody changed by hand explains what differs otherwise."""
+    if "changed by hand" in first.why and "changed by hand" not in second.why:
+        return replace(first, stops=first.stops or second.stops)
+    more = second.why.removeprefix("changed by hand: ")
+    return replace(first, why=f"{first.why}; {more}", stops=first.stops or second.stops)
+
+
 def _put_back(view: View, role: str) -> Iterator[Action]:
     """What was changed by hand and the role makes again."""
     for one in view.drift:
         if one.role == role and _makes_again(view, one):
-            subject, path = _subject_of(view, one.key)
+            subject = _subject_of(view, one.key)
+            in_place = one.key in _CHANGED_IN_PLACE
             yield view.action(
                 role,
                 "changed" if one.found else "created",
                 subject,
-                f"put back: {one}",
-                stops=one.kind in ("container", "image") or path in _READ_AT_START,
+                f"changed by hand: {one}",
+                stops=not in_place and subject in (_container(view), *(f"{_ENGINE}/{name}" for name in _READ_AT_START)),
             )
 
 
 def _makes_again(view: View, one: Drift) -> bool:
     """Whether the role that makes a thing notices that it was changed. It leaves alone what it did not make."""
-    if one.kind == "daemon.json":
-        key = one.key.removeprefix("daemon.json ")
-        merged = wanted.daemon_json(view.settings, view.facts)
-        return merged.get(key) != (view.facts.docker.daemon_json or {}).get(key)
-    if one.kind == "package":
-        # A package of any version is present; only the fabric manager's version is the driver's.
-        return not one.found or one.role == "fabric_manager"
-    if one.kind == "file":
-        # Role engine_image starts from its record, and role engine takes the head's token as it is.
-        kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
-        return bool(one.recorded) and not (kept and one.found)
-    if one.kind == "unit":
-        return bool(one.recorded)
+    match one.kind:
+        case "daemon.json":
+            key = one.key.removeprefix("daemon.json ")
+            merged = wanted.daemon_json(view.settings, view.facts)
+            return merged.get(key) != (view.facts.docker.daemon_json or {}).get(key)
+        case "package":
+            # A package of any version is present; only the fabric manager's version is the driver's.
+            return not one.found or one.role == "fabric_manager"
+        case "file":
+            # Role engine_image starts from its record, and role engine takes the head's token as it is.
+            kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
+            return bool(one.recorded) and not (kept and one.found)
+        case "container":
+            return one.key.split(" ")[1] not in _LEFT_TO_DOCKER
+        case "unit":
+            return bool(one.recorded)
     return True
 
 
-def _subject_of(view: View, key: str) -> tuple[str, str]:
-    """What an action on a key of the state is said to change, and the file's name below the engine's folder."""
+def _subject_of(view: View, key: str) -> str:
+    """What an action on a key of the state is said to change."""
     if key.startswith("container "):
-        return f"container {view.node.container_name}", ""
+        return _container(view)
     if key.startswith("daemon.json"):
-        return "/etc/docker/daemon.json", ""
-    if key.startswith("file "):
-        path = key.removeprefix("file ")
-        return path, path.removeprefix(f"{_ENGINE}/")
-    return key, ""
+        return _DAEMON_JSON
+    return _PACKAGES.get(key, key).removeprefix("file ")
 
 
 def _given_anew(view: View, role: str, given: Mapping[str, Any] | None) -> Iterator[Action]:
@@ -200,7 +218,7 @@ def _given_anew(view: View, role: str, given: Mapping[str, Any] | None) -> Itera
         return
     now = view.inputs(role)
     stops = role in ("engine", "lmdeploy")
-    subject = f"container {view.node.container_name}" if role == "engine" else _SUBJECTS[role]
+    subject = _container(view) if role == "engine" else _SUBJECTS[role]
     for name in _changed_keys(given.get("settings"), now["settings"]):
         if name not in _COMPARED_SETTINGS.get(role, ()):
             why = f"{name}: {_change(given.get('settings'), now['settings'], name)}"
@@ -246,18 +264,17 @@ def _docker_engine(view: View) -> Iterator[Action]:
     if not docker.installed:
         source = view.settings["docker_engine_source"]
         yield view.action("docker_engine", "created", f"Docker ({source})", "there is no dockerd")
-    found = docker.daemon_json or {}
-    merged = wanted.daemon_json(view.settings, view.facts)
+    found, merged = _flat(docker.daemon_json or {}), _flat(wanted.daemon_json(view.settings, view.facts))
     changed = _changed_keys(found, merged)
     if changed:
         why = "; ".join(f"{key}: {_change(found, merged, key)}" for key in changed)
         kind: Kind = "created" if docker.daemon_json is None else "changed"
-        yield view.action("docker_engine", kind, "/etc/docker/daemon.json", why)
+        yield view.action("docker_engine", kind, _DAEMON_JSON, why)
 
 
 def _nvidia_container_toolkit(view: View) -> Iterator[Action]:
     role = "nvidia_container_toolkit"
-    if not view.has_package(_CDI_TOOL):
+    if not view.has_package("nvidia-container-toolkit"):
         yield view.action(role, "created", "NVIDIA container toolkit", "the package is not installed")
     path = view.settings["nvidia_container_toolkit_cdi_spec_path"]
     if path not in view.facts.cdi.specs:
@@ -277,11 +294,11 @@ def _engine_image(view: View) -> Iterator[Action]:
     if digest and any(known.endswith(f"@{digest}") for known in names):
         return
     registry = facts.registry
-    why = "the host does not have it"
+    why = f"the host does not have {_short(digest, 19)}" if digest else "the host does not have it"
     if registry and registry.error:
         why += f"; its size is not known: {registry.error}"
     size = registry.bytes if registry and registry.bytes else None
-    yield view.action("engine_image", "downloaded", f"{name} {digest}".strip(), why, bytes=size)
+    yield view.action("engine_image", "downloaded", f"image {name}", why, bytes=size)
 
 
 def _engine(view: View) -> Iterator[Action]:
@@ -297,12 +314,11 @@ def _engine(view: View) -> Iterator[Action]:
     container = view.container
     if container is None:
         why = f"there is no container {view.node.container_name}"
-        yield view.action("engine", "created", f"container {view.node.container_name}", why, stops=True)
+        yield view.action("engine", "created", _container(view), why, stops=True)
         return
     reasons = list(_container_reasons(view, container))
     if reasons:
-        subject = f"container {view.node.container_name}"
-        yield view.action("engine", "changed", subject, "; ".join(reasons), stops=True)
+        yield view.action("engine", "changed", _container(view), "; ".join(reasons), stops=True)
 
 
 def _container_reasons(view: View, container: Container) -> Iterator[str]:
@@ -371,8 +387,8 @@ def _file_action(view: View, role: str, path: str, found: Mapping[str, Any] | No
 def _restarts(view: View, role: str, actions: Sequence[Action]) -> Iterator[Action]:
     """The restarts that follow from what a role changes."""
     subjects = {action.subject: action for action in actions if action.kind in ("created", "changed")}
-    container = f"container {view.node.container_name}"
-    if role == "docker_engine" and "/etc/docker/daemon.json" in subjects and view.facts.docker.installed:
+    container = _container(view)
+    if role == "docker_engine" and _DAEMON_JSON in subjects and view.facts.docker.installed:
         live = (view.facts.docker.daemon_json or {}).get("live-restore") is True
         effect = "containers go on" if live else "running containers stop: docker_engine_allow_restart is needed"
         yield view.action(role, "restarted", "Docker", f"daemon.json changes; {effect}", stops=not live)
@@ -404,6 +420,10 @@ def _hash(value: str) -> str:
     return f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
 
 
+def _container(view: View) -> str:
+    return f"container {view.node.container_name}"
+
+
 def _as_json(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document as it comes back from its file."""
     plain: dict[str, Any] = json.loads(json.dumps(document))
@@ -421,5 +441,5 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+def _short(text: str, most: int = _SHOWN) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -24,8 +24,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"file /etc/deploy-dsv3/engine/.*", "file", "engine"),
     (r"file /etc/deploy-dsv3/release\.json", "file", "lmdeploy"),
     (r"file /etc/deploy-dsv3/image\.json", "file", "engine_image"),
-    (r"file /etc/systemd/system/dsv3-endpoint\.service", "unit", "endpoint"),
-    (r"file /etc/systemd/system/.*", "unit", ""),
+    (r"file /etc/systemd/system/dsv3-endpoint\.service", "file", "endpoint"),
+    (r"file /etc/systemd/system/.*", "file", ""),
     (r"file /etc/cdi/.*", "file", "nvidia_container_toolkit"),
     (r"file .*deploy-dsv3-nvidia-driver.*", "file", "nvidia_driver"),
     (r"file .*deploy-dsv3-nvidia-container-toolkit.*", "file", "nvidia_container_toolkit"),
@@ -75,10 +75,13 @@ class Drift:
         return asdict(self)
 
     def __str__(self) -> str:
-        recorded, found = self.recorded, self.found
-        if self.key.startswith("file ") and recorded and found:
-            recorded, found = _difference_of_files(recorded, found)
-        return f"{self.key}: found {found or 'nothing'}, was {recorded or 'not there'} after the last deploy"
+        if not self.found:
+            return f"{self.key} is gone"
+        if not self.recorded:
+            return f"{self.key} is new" + ("" if self.kind == "file" else f": {self.found}")
+        if self.key.startswith("file "):
+            return f"{self.key} has {_difference_of_files(self.recorded, self.found)}"
+        return f"{self.key} was {self.recorded}, is {self.found}"
 
 
 def find(host: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Drift]:
@@ -176,12 +179,14 @@ def _container(container: Container) -> Iterator[tuple[str, Any]]:
             yield f"container {field}", value
 
 
-def _difference_of_files(recorded: str, found: str) -> tuple[str, str]:
+def _difference_of_files(recorded: str, found: str) -> str:
     """Of two descriptions of a file, what differs; content is only ever another one."""
-    names = ("mode", "owner")
-    before, after = recorded.split(" ", 2), found.split(" ", 2)
-    pairs = [(f"{name} {a}", f"{name} {b}") for name, a, b in zip(names, before, after, strict=False) if a != b]
-    if before[2] != after[2]:
-        linked = [part if part.startswith("->") else "" for part in (before[2], after[2])]
-        pairs.append((linked[0] or "its own content", linked[1] or "other content"))
-    return ", ".join(pair[0] for pair in pairs), ", ".join(pair[1] for pair in pairs)
+    (mode, owner, content), (mode_now, owner_now, content_now) = recorded.split(" ", 2), found.split(" ", 2)
+    words = []
+    if mode != mode_now:
+        words.append(f"mode {mode_now} instead of {mode}")
+    if owner != owner_now:
+        words.append(f"owner {owner_now} instead of {owner}")
+    if content != content_now:
+        words.append(f"other content{f' ({content_now})' if content_now.startswith('->') else ''}")
+    return ", ".join(words)

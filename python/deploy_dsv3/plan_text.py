@@ -125,15 +125,15 @@ def _render_host(console: Any, host: HostPlan) -> None:
     if not (host.actions or host.drift):
         console.print("    nothing to do", style="green")
     actions = _together(host.actions)
-    width = min(60, max((len(action.subject) for action in actions), default=0))
+    width = min(44, max((len(action.subject) for action in actions), default=0))
     for action in actions:
         mark, style = _MARKS[action.kind]
         size = f", {gigabytes(action.bytes)}" if action.bytes else ""
         what = (f"{action.kind:<10}", style)
         console.print(Text.assemble(f"    {mark} ", what, f" {action.subject:<{width}}  {action.why}{size}"))
-    put_back = {action.why.removeprefix("put back: ") for action in host.actions}
+    told = " ".join(action.why for action in host.actions)
     for one in host.drift:
-        if str(one) not in put_back:
+        if str(one) not in told:
             console.print(Text.assemble("    ! ", ("by hand   ", "magenta"), f" {one}; no role changes it back"))
 
 

@@ -74,12 +74,16 @@ def lab(times: Times, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     wish = bringup.Wish(
         name=NAME, hosts=2, gpus=8, profiles=PAIR, inventory=tmp_path_factory.mktemp("inventory") / NAME
     )
-    if os.environ.get("DSV3_KEEP_LAB"):
-        yield up(wish, times)
-        return
+    kept = bool(os.environ.get("DSV3_KEEP_LAB"))
+    if not kept:
+        _down()  # a session that was killed leaves its lab
+    yield up(wish, times)
+    if not kept:
+        _down()
+
+
+def _down() -> None:
     with Steps(Console(stderr=True)) as steps:
-        bringup.down(default_paths(), NAME, steps)  # a session that was killed leaves its lab
-        yield up(wish, times)
         bringup.down(default_paths(), NAME, steps)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipapp
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy_dsv3 import runner, verbs
+from deploy_dsv3.benchmark.plan import Plan
 from deploy_dsv3.benchmark.runs import RunFolder
 from deploy_dsv3.benchmark.target import Target
 from deploy_dsv3.errors import BY_EXIT_CODE, HostError, LockedError
@@ -97,15 +98,17 @@ class HeadWorker:
     # Each look is a playbook: seconds of work here.
     look_every_s = 20.0
 
-    def __init__(self, head: Head, folder: RunFolder, target: Target, fingerprint: str) -> None:
+    def __init__(self, head: Head, folder: RunFolder, target: Target, plan: Plan, files: Sequence[str] = ()) -> None:
+        """`files`: what of the head's own the worker reads beside the weights."""
         self._head = head
         self._folder = folder
         self._target = target
         self._variables = {
             "benchmark_container": _CONTAINER,
-            "benchmark_folder": f"{_STATE}/{fingerprint}-{folder.path.name}",
+            "benchmark_folder": f"{_STATE}/{plan.fingerprint()}-{folder.path.name}",
             "benchmark_results": f"{folder.path.absolute()}/",
         }
+        self._files = (target.weights_path, *files)
         self._seen: Mapping[str, Any] = {}
 
     def start(self, api_key: str) -> None:
@@ -126,7 +129,10 @@ class HeadWorker:
                     "benchmark_ca": self._target.ca_file,
                     "benchmark_api_key": api_key,
                     "benchmark_image": self._target.image,
-                    "benchmark_weights": self._target.weights_path,
+                    "benchmark_mounts": [
+                        {"type": "bind", "source": path, "target": path, "read_only": True}
+                        for path in dict.fromkeys(self._files)
+                    ],
                 },
                 secret=api_key,
             )

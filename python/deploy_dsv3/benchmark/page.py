@@ -100,7 +100,8 @@ def render(folder: RunFolder) -> tuple[str, str]:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, percent=percent, duration=duration)
-    return tuple(environment.get_template(name).render(data) for name in ("report.html.j2", "report.md.j2"))  # type: ignore[return-value]
+    html, markdown = (environment.get_template(name) for name in ("report.html.j2", "report.md.j2"))
+    return html.render(data), markdown.render(data)
 
 
 def number(value: float | None) -> str:

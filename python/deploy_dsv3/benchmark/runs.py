@@ -53,31 +53,38 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, plan: Plan, about: Mapping[str, Any]) -> None:
-        """Begin a run, or join one that has the same plan.
+    def check(self, plan: Plan) -> None:
+        """Make sure that the folder is free for a plan: absent, empty, or with a run of that very plan.
 
         Raises:
-            UsageError: the folder cannot be written, or holds a run of another plan.
+            UsageError: it holds something else.
         """
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        run_file = self.path / "run.json"
-        if run_file.exists():
+        if (self.path / "run.json").exists():
             found = self.plan()
             if found != plan:
                 raise UsageError(
                     f"{self.path} holds another run: {_differences(found, plan)}",
                     remedy="Name another folder (--output), or the same options as that run to continue it.",
                 )
-            return
-        if any(self.path.glob("*.csv")):
+        elif any(self.path.glob("*.csv")):
             raise UsageError(
                 f"{self.path} holds CSV files of something else", remedy="Name a new folder: --output DIR."
             )
-        record = {"schema": SCHEMA, "created": now(), "fingerprint": plan.fingerprint(), **about}
-        self._write_new("run.json", json.dumps({**record, "plan": plan_as_json(plan)}, indent=1))
+
+    def create(self, plan: Plan, about: Mapping[str, Any]) -> None:
+        """Begin a run, or join one that has the same plan.
+
+        Raises:
+            UsageError: the folder cannot be written, or holds something else.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        self.check(plan)
+        if not (self.path / "run.json").exists():
+            record = {"schema": SCHEMA, "created": now(), "fingerprint": plan.fingerprint(), **about}
+            self._write_new("run.json", json.dumps({**record, "plan": plan_as_json(plan)}, indent=1))
 
     def read(self) -> dict[str, Any]:
         """`run.json`.

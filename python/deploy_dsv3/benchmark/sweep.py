@@ -116,6 +116,8 @@ def run(request: Request, service: Service) -> Result:
         follow_error = _follow(worker, tell)
     elif sweep.missing:
         _check_batch_size(sweep)
+        about = {"base_url": service.target.base_url, "replica": service.target.replica}
+        sweep.folder.create(sweep.plan, about)
         print(f"Results: {sweep.folder.path}", file=tell)
         if request.detach:
             return _detach(sweep)
@@ -148,13 +150,12 @@ def _prepare(request: Request, service: Service) -> _Sweep:
                 in_flight[row.name] = why
         plan = replace(plan, rows=tuple(fitted))
     rows = select_rows(plan, request.rows)
-    parent = _DEFAULT_RESULTS
-    folder = RunFolder(request.output) if request.output else unfinished_run(parent, plan)
+    folder = RunFolder(request.output) if request.output else unfinished_run(_DEFAULT_RESULTS, plan)
     if folder is None:
         stamp = now().replace(":", "").replace("-", "")
-        folder = RunFolder(parent / f"{service.target.replica or 'endpoint'}-{plan.profile}-{stamp}")
-    about = {"base_url": service.target.base_url, "replica": service.target.replica}
-    folder.create(plan, about)
+        name = f"{service.target.replica or 'endpoint'}-{plan.profile}-{stamp}"
+        folder = RunFolder(_DEFAULT_RESULTS / name)
+    folder.check(plan)
     return _Sweep(request, service, plan, rows, folder, in_flight)
 
 
@@ -237,7 +238,8 @@ def _worker(sweep: _Sweep) -> Worker:
         return LocalWorker(sweep.folder)
     if head is None:
         raise UsageError("--from head needs an inventory", remedy="Give --inventory PATH, or --from control.")
-    return HeadWorker(head, sweep.folder, sweep.service.target, sweep.plan.fingerprint())
+    there = [sweep.plan.dataset_path, str(sweep.request.tokenizer or "")]
+    return HeadWorker(head, sweep.folder, sweep.service.target, sweep.plan, tuple(filter(None, there)))
 
 
 def _job(sweep: _Sweep, rows: Sequence[Row]) -> Job:

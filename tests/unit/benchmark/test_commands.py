@@ -287,6 +287,7 @@ def test_refusals_exit_2_and_send_nothing(
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(told, done.stderr), done.stderr
     assert server.seen.completions == 0
+    assert not list(command.folder.glob("benchmark-results/*/*.csv"))
 
 
 def test_no_endpoint_at_all_is_refused(command: Command) -> None:

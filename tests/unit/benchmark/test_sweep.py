@@ -43,6 +43,7 @@ def test_a_batch_size_that_does_not_fit_stops_before_anything_is_sent(serve: Ser
     for choice in ("Nothing was measured", "--change-release", "--rows 4 measures those that fit", "--any-batch-size"):
         assert choice in refused.value.remedy
     assert server.seen.completions == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_batch_size_that_runs_is_measured_only_when_asked_for_and_marked(serve: Serve, tmp_path: Path) -> None:
