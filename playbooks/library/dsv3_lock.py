@@ -119,6 +119,19 @@ def history(path):
     return entries
 
 
+def append(path, entry):
+    """Add an entry to a history."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(entry) + "\n")
+
+
+def died(holder):
+    """Return the entry of a run that never came to give its lock back."""
+    kept = {key: holder.get(key, "") for key in ("run", "verb", "who", "host")}
+    since, seen_last = holder.get("since", 0), holder.get("heartbeat", 0)
+    return dict(kept, schema=1, started=since, seconds=round(seen_last - since, 1), result="died", exit_code=137)
+
+
 def apply(request, root="/", now=time.time):
     """Do what `request` asks, see the module's options; returns what the module returns."""
     folder = os.path.join(root, FOLDER)
@@ -130,6 +143,8 @@ def apply(request, root="/", now=time.time):
         holder = load(lock)
         answer = {"done": False, "holder": seen(holder, now())}
         if do == "take" and may_take(answer["holder"], mine, request.get("replace")):
+            if holder and holder.get("run") != mine["run"]:
+                append(kept, died(holder))
             store(lock, dict(mine, since=now(), heartbeat=now()))
             answer["done"] = True
         if do == "refresh" and holder and holder.get("run") == mine["run"]:
@@ -139,8 +154,7 @@ def apply(request, root="/", now=time.time):
             os.remove(lock)
             answer["done"] = True
         if request.get("entry"):
-            with open(kept, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(request["entry"]) + "\n")
+            append(kept, request["entry"])
         if request.get("forget") and not os.path.exists(lock):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(kept)

@@ -196,7 +196,9 @@ def _makes_again(view: View, one: Drift) -> bool:
             kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
             return bool(one.recorded) and not (kept and one.found)
         case "container":
-            return one.key.split(" ")[1] not in _LEFT_TO_DOCKER
+            field = one.key.split(" ")[1]
+            # Of labels and log options the role looks for its own only.
+            return field not in _LEFT_TO_DOCKER and (bool(one.recorded) or field not in ("labels", "log"))
         case "unit":
             return bool(one.recorded)
     return True
@@ -412,6 +414,8 @@ def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], key: str
     old, new = (before or {}).get(key), after.get(key)
     if any(isinstance(value, dict) or str(value).startswith(("hmac:", "sha256:")) for value in (old, new)):
         return "another value"
+    if isinstance(old, list) and isinstance(new, list):
+        return drift.difference_of_lists(old, new)
     return f"{_short(drift.text(old)) or 'unset'} → {_short(drift.text(new)) or 'unset'}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class Drift:
             return f"{self.key} is new" + ("" if self.kind == "file" else f": {self.found}")
         if self.key.startswith("file "):
             return f"{self.key} has {_difference_of_files(self.recorded, self.found)}"
+        if self.recorded.startswith("[") and self.found.startswith("["):
+            return f"{self.key} has {difference_of_lists(json.loads(self.recorded), json.loads(self.found))}"
         return f"{self.key} was {self.recorded}, is {self.found}"
 
 
@@ -130,6 +132,15 @@ def text(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def difference_of_lists(before: Sequence[Any], after: Sequence[Any]) -> str:
+    """What came to a list and what went, in words."""
+    added = [text(one) for one in after if one not in before]
+    gone = [text(one) for one in before if one not in after]
+    words = [f"{' '.join(added)} more"] if added else []
+    words += [f"no {' '.join(gone)}"] if gone else []
+    return ", ".join(words) or "another order"
 
 
 def _state(facts: HostFacts, container: str) -> Iterator[tuple[str, Any]]:

@@ -60,6 +60,7 @@ class ReplicaPlan:
     capacity: Capacity | None
     capacity_unknown: str
     command: tuple[str, ...]
+    model: str
     endpoint: str
     lock: Mapping[str, Any] | None
     last_run: Mapping[str, Any] | None
@@ -109,6 +110,12 @@ class Plan:
     def nothing_to_do(self) -> bool:
         """Whether every host was seen and is as the last finished deploy left it and the settings want it."""
         return not (self.unreachable or self.errors or self.actions or self.drift)
+
+    @property
+    def converged(self) -> bool:
+        """Whether a deploy may stop at this: nothing to do, no run under way, and the last one ended well."""
+        calm = not any(replica.lock or (replica.last_run or {}).get("exit_code", 0) != 0 for replica in self.replicas)
+        return self.nothing_to_do and calm
 
     @property
     def exit_code(self) -> int:
@@ -204,6 +211,7 @@ def _replica(replica: Replica, views: Mapping[str, View]) -> ReplicaPlan:
         capacity=fits,
         capacity_unknown=unknown,
         command=tuple(head.node.serve_file["argv"]) if head else (),
+        model=head.node.served_model if head else "",
         endpoint=head.node.endpoint if head else "",
         lock=head.facts.deployment.lock if head else None,
         last_run=runs[-1] if runs else None,
@@ -260,6 +268,7 @@ def _replica_as_dict(replica: ReplicaPlan) -> dict[str, Any]:
     return {
         "name": replica.name,
         "endpoint": replica.endpoint,
+        "model": replica.model,
         "command": list(replica.command),
         "downtime": asdict(replica.downtime),
         "capacity": capacity.to_dict(replica.capacity) if replica.capacity else None,

@@ -325,7 +325,7 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
         table.add_column(column, no_wrap=True)
     for node in replica.nodes:
         if node.error:
-            table.add_row(node.host, node.role, "", Text(f"not reached: {node.error}", style="red"), "", "", "")
+            table.add_row(node.host, node.role, "", Text("not reached", style="red"), "", "", "")
             continue
         fine = node.container == "running" and node.health in ("", "healthy", "starting")
         state = f"{node.container} ({node.health})" if node.health else node.container
@@ -339,6 +339,10 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
             {None: "?", True: f"{node.ray_gpus} GPUs", False: "no"}[node.ray_alive],
         )
     console.print(table, soft_wrap=False)
+    # Below the table, because ssh's words would push everything else out of it.
+    for node in replica.nodes:
+        if node.error:
+            console.print(Text(f"  {node.host} was not reached: {node.error}", style="red"))
     console.print()
 
 

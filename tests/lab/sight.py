@@ -70,6 +70,11 @@ def started_at(host: Host) -> tuple[str, str]:
     return seen["Id"], seen["State"]["StartedAt"]
 
 
+def health(host: Host) -> str:
+    """What Docker makes of the container's health check."""
+    return str(container(host)["State"]["Health"]["Status"])
+
+
 def launcher_status(host: Host) -> dict[str, Any]:
     """status.json of a host's launcher; empty while there is none."""
     text = host.run(["cat", "/var/lib/deploy-dsv3/state/status.json"], check=False).stdout

@@ -41,9 +41,7 @@ def _errors(run: Run) -> list[dict[str, Any]]:
     return [finding for finding in run.document["findings"] if finding["severity"] == "error"]
 
 
-def test_check_mode_ends_cleanly_and_changes_nothing(
-    product: Product, lab: Lab, bare: dict[str, sight.State]
-) -> None:
+def test_check_mode_ends_cleanly_and_changes_nothing(product: Product, lab: Lab, bare: dict[str, sight.State]) -> None:
     run = product("--inventory", lab.inventory, "--check", "--json", what="--check on bare hosts")
     assert run.document["check"] is True
     assert run.document["failures"] == []
@@ -72,9 +70,7 @@ def test_all_findings_of_all_hosts_come_at_once(refused: Run, lab: Lab) -> None:
 
 
 def test_a_port_in_use_names_the_process_that_has_it(refused: Run, lab: Lab) -> None:
-    taken = {
-        finding["host"]: finding["message"] for finding in _errors(refused) if finding["code"] == "port-taken"
-    }
+    taken = {finding["host"]: finding["message"] for finding in _errors(refused) if finding["code"] == "port-taken"}
     for host, port in zip(lab.hosts, ("8000", "6380"), strict=True):
         assert port in taken[host.name]
         assert "python3" in taken[host.name]

@@ -52,9 +52,7 @@ def test_what_was_there_before_still_is(destroyed: Run, lab: Lab, bare: dict[str
 def test_the_weights_stay(destroyed: Run, lab: Lab, bare: dict[str, sight.State]) -> None:
     for host in lab:
         weights = {path: text for path, text in sight.state(host)["files"].items() if path.startswith("/data")}
-        assert weights == {
-            path: text for path, text in bare[host.name]["files"].items() if path.startswith("/data")
-        }
+        assert weights == {path: text for path, text in bare[host.name]["files"].items() if path.startswith("/data")}
 
 
 def test_a_second_teardown_changes_nothing(destroyed: Run, product: Product, lab: Lab) -> None:

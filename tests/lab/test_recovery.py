@@ -82,7 +82,7 @@ def test_a_worker_without_power(product: Product, lab: Lab, endpoint: str, times
         assert replica["whole"] is False
         assert replica["engine"]["phase"] != "serving"
         text = product("status", "--inventory", lab.inventory, expect=6).out
-        assert "not reached" in text and worker.name in text
+        assert f"{worker.name} was not reached: " in text
     finally:
         back = time.time()
         worker.start()
@@ -102,5 +102,6 @@ def test_a_restarted_daemon_leaves_the_engine_alone(lab: Lab, endpoint: str, tim
 
 
 def test_everything_is_as_it_was_deployed(product: Product, lab: Lab) -> None:
-    run = product("verify", "--inventory", lab.inventory, "--json")
-    assert run.document["passed"] is True
+    for host in lab:  # Docker looks every 15 s
+        sight.eventually(lambda host=host: sight.health(host) == "healthy", f"{host.name} healthy", within_s=60)
+    assert "all passed" in product("verify", "--inventory", lab.inventory).out

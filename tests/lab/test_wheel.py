@@ -18,28 +18,29 @@ TOOLS = Path(sys.executable).parent
 pytestmark = pytest.mark.usefixtures("deployed")
 
 
+def _run(tool: str, *arguments: str | Path) -> None:
+    """Run a tool of this environment in the checkout."""
+    subprocess.run([TOOLS / tool, *arguments], cwd=REPOSITORY, check=True, timeout=600)
+
+
 @pytest.fixture(scope="module")
 def elsewhere(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Product:
     """The command of a fresh environment that has only the wheel and what the wheel asks for."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    build = [TOOLS / "pip", "wheel", ".", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    subprocess.run(build, cwd=REPOSITORY, check=True, timeout=300)
+    venv = folder / "venv"
+    _run("pip", "wheel", ".", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}")
     (wheel,) = folder.glob("*.whl")
-    uv = TOOLS / "uv"
-    subprocess.run([uv, "venv", "--quiet", f"--python={sys.executable}", folder / "venv"], check=True)
-    install = [uv, "pip", "install", "--quiet", f"--python={folder / 'venv'}", wheel]
-    install.append(f"--constraints={REPOSITORY / 'requirements' / 'dev.lock'}")
-    subprocess.run(install, check=True, timeout=600)
+    _run("uv", "venv", "--quiet", f"--python={sys.executable}", venv)
+    pins = f"--constraints={REPOSITORY / 'requirements' / 'dev.lock'}"
+    _run("uv", "pip", "install", "--quiet", f"--python={venv}", pins, wheel)
     (folder / "work").mkdir()
-    return replace(product, program=folder / "venv" / "bin" / "deploy-dsv3", folder=folder / "work")
+    return replace(product, program=venv / "bin" / "deploy-dsv3", folder=folder / "work")
 
 
 def test_its_content_is_inside_the_wheel(elsewhere: Product) -> None:
     python = elsewhere.program.with_name("python")
     asked = "from deploy_dsv3 import content; print(content.playbook('deploy')); print(content.testinfra())"
-    done = subprocess.run(
-        [python, "-c", asked], cwd=elsewhere.folder, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([python, "-c", asked], cwd=elsewhere.folder, capture_output=True, text=True, check=True)
     for path in done.stdout.split():
         assert Path(path).is_relative_to(elsewhere.program.parents[1])
 

@@ -12,7 +12,7 @@ from deploy_dsv3.hostvars import role_defaults
 from deploy_dsv3.topology import Replica
 
 RECORDED = Path(__file__).parent / "recorded"
-NAMES = sorted(path.stem for path in RECORDED.glob("*.json"))
+NAMES = sorted(path.stem for path in RECORDED.glob("*.json") if path.stem != "deployed")
 
 
 def document(name: str) -> dict[str, Any]:

@@ -412,6 +412,13 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
         lambda d: d.open_port(HEAD, "0.0.0.0", 8265),
         of(HEAD, "network.dashboard"),
     ),
+    "client server open without a token": (
+        lambda d: (
+            d.open_port(HEAD, "::ffff:192.0.2.11", 10001),
+            d.inspect(HEAD)["Config"]["Env"].append("RAY_AUTH_MODE=disabled"),
+        ),
+        of(HEAD, "network.dashboard", "ray.authentication"),
+    ),
     "a second Ray head": (
         lambda d: d.open_port(WORKER, "0.0.0.0", 6379),
         of(WORKER, "network.ray_port"),

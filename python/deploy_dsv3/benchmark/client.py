@@ -26,11 +26,11 @@ from typing import Any
 import aiohttp
 
 from deploy_dsv3.benchmark.workload import Request, Workload
-from deploy_dsv3.errors import UnreachableError, UsageError
+from deploy_dsv3.errors import DeployError, UnreachableError, UsageError
 
-# So many failures in a row, with no success between, mean that the endpoint is gone. Half of the requests
-# failing at random reaches it once in 2^64.
-_FAILURES_MEANING_GONE = 64
+# After so many failures with no success between, the service is asked whether it is still there. Not each of
+# them means that it is gone: a request that is refused at once ends long before one that is served.
+_FAILURES_WORTH_ASKING = 64
 # Files a process has open beside its connections.
 _FILES_APART = 64
 # A read takes what has arrived, up to this; events of one stream are small.
@@ -135,8 +135,6 @@ class RowRun:
     itls: array[float] = field(default_factory=lambda: array("f"))
     """Inter-token latencies of successful requests [s]; one array, as there can be tens of millions."""
     timeline: Timeline = field(default_factory=Timeline)
-    tokens_done: int = 0
-    """Tokens asked for by the requests that succeeded."""
     gone: str = ""
     """Why the row stopped early, if it did."""
 
@@ -211,7 +209,7 @@ class Client:
             ) from error
         except _NETWORK_ERRORS as error:
             raise UnreachableError(
-                f"{url}: {_reason(error)}; nothing was measured",
+                f"{url}: {_reason(error)}",
                 remedy="The port opens only after the weights are loaded: see `deploy-dsv3 status`. "
                 "Then check address, port and firewall.",
             ) from error
@@ -223,7 +221,7 @@ class Client:
             )
         if answer.status != 200:
             raise UnreachableError(
-                f"{url}: HTTP {answer.status} {_first_line(body)}; nothing was measured",
+                f"{url}: HTTP {answer.status} {_first_line(body)}",
                 remedy="The engine is loading or down: see `deploy-dsv3 status`.",
             )
         try:
@@ -283,6 +281,18 @@ class Client:
         begun = time.perf_counter()
         failures_in_a_row = 0
 
+        async def ask() -> None:
+            nonlocal failures_in_a_row
+            last = run.outcomes[-1].error
+            try:
+                await self.find_model()
+            except DeployError as error:
+                run.gone = f"{_FAILURES_WORTH_ASKING} requests in a row failed ({last}), and then {error.message}"
+                for task in tasks:
+                    task.cancel()
+            else:
+                failures_in_a_row = 0
+
         async def one(request: Request) -> None:
             nonlocal failures_in_a_row
             try:
@@ -291,18 +301,13 @@ class Client:
                 if turn:
                     turn.release()
             run.outcomes.append(outcome)
-            if outcome.error:
-                failures_in_a_row += 1
-                if failures_in_a_row >= _FAILURES_MEANING_GONE and not run.gone:
-                    run.gone = f"the last {failures_in_a_row} requests all failed: {outcome.error}"
-                    for task in tasks:
-                        task.cancel()
-            else:
-                failures_in_a_row = 0
+            if not outcome.error:
                 run.itls.extend(outcome.itl)
-                run.tokens_done += request.output_len
             outcome.itl = array("f")
             finished(outcome)
+            failures_in_a_row = failures_in_a_row + 1 if outcome.error else 0
+            if failures_in_a_row == _FAILURES_WORTH_ASKING:
+                await ask()
 
         tasks: set[asyncio.Task[None]] = set()
         try:

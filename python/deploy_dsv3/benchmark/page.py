@@ -171,7 +171,8 @@ def _headline(lines: Sequence[Line]) -> str:
     done = f"{sum(1 for line in lines if line.result)} of {len(lines)} rows measured"
     compared = [line for line in lines if line.cells[1].ratio and line.cells[1].comparable]
     if not compared:
-        return f"{done}." if not any(line.cells[1].ratio for line in lines) else f"{done}; none of them compares."
+        shortened = any(line.cells[1].ratio for line in lines)
+        return f"{done}, none as it was published: see the notes." if shortened else f"{done}."
     lowest = min(compared, key=lambda line: line.cells[1].ratio or math.inf)
     return f"{done}; the lowest is {lowest.label} with {percent(lowest.cells[1].ratio)} of the published output."
 

@@ -198,7 +198,7 @@ def test_what_keeps_a_row_from_its_face_value_is_told(tmp_path: Path) -> None:
         assert told in markdown
         assert told in html
     # 150 % of the published: but not of the same thing, so it is neither praised nor averaged.
-    assert "1 of 6 rows measured; none of them compares." in markdown
+    assert "1 of 6 rows measured, none as it was published: see the notes." in markdown
     assert "Geometric mean" not in markdown
     assert 'class="ratio "' in html
 
