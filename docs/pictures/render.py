@@ -1,6 +1,6 @@
 """Turns what a terminal showed (with colours, on standard input) into an SVG picture.
 
-    tmux capture-pane -p -e -S - -t SESSION | python docs/pictures/render.py TITLE docs/pictures/deploy.svg
+tmux capture-pane -p -e -S - -t SESSION | python docs/pictures/render.py TITLE docs/pictures/deploy.svg
 """
 
 import sys

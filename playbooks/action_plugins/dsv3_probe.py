@@ -58,9 +58,7 @@ class ActionModule(ActionBase):
         result["ansible_facts"] = {"dsv3_facts": {**facts, "clock": measured.model_dump()}}
         return result
 
-    def _probe(
-        self, host: str, arguments: dict[str, Any], variables: dict[str, Any]
-    ) -> tuple[dict[str, Any], Clock]:
+    def _probe(self, host: str, arguments: dict[str, Any], variables: dict[str, Any]) -> tuple[dict[str, Any], Clock]:
         """Return the facts, and the bounds of the clock that this round trip gives."""
         script = (content.playbooks() / "library" / "dsv3_probe.py").read_bytes()
         command = self._command(json.dumps(arguments), variables)

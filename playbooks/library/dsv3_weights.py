@@ -98,9 +98,7 @@ def main() -> None:
     report = {"changed": False, "shards": 0, "bytes": 0, "missing": [], "truncated": []}
     if not os.path.isdir(path):
         module.fail_json(msg=f"The model folder {path} does not exist on this host. {remedy}", **report)
-    problems = [
-        f"{name} is missing" for name in ("config.json",) if not os.path.isfile(os.path.join(path, name))
-    ]
+    problems = [f"{name} is missing" for name in ("config.json",) if not os.path.isfile(os.path.join(path, name))]
     try:
         shards = shards_of(path)
     except (ValueError, KeyError, OSError) as error:
@@ -124,7 +122,8 @@ def main() -> None:
         problems.append(f"{len(report['missing'])} of {len(shards)} shards are missing: {_some(report['missing'])}")
     if report["truncated"]:
         bad = [
-            f"{entry['shard']} ({entry['error']})" if "error" in entry
+            f"{entry['shard']} ({entry['error']})"
+            if "error" in entry
             else f"{entry['shard']} (has {entry['found']} bytes, its header asks for {entry['expected']})"
             for entry in report["truncated"]
         ]

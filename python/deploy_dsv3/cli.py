@@ -86,6 +86,14 @@ class _Verbs(click.Group):
 )
 @run_options
 @inventory_options
+@click.option(
+    "--plan",
+    "planned",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Do what `plan --out FILE` showed; refused if hosts or settings have changed since.",
+)
+@click.option("--full", is_flag=True, help="Walk every task even if the plan finds nothing to do.")
 @click.version_option(__version__, prog_name="deploy-dsv3")
 @click.pass_context
 def cli(context: click.Context, /, **_: Any) -> None:
@@ -100,7 +108,8 @@ def cli(context: click.Context, /, **_: Any) -> None:
             raise click.exceptions.Exit(2)
         from deploy_dsv3 import verbs
 
-        _finish(verbs.deploy(collect(context)), context)
+        own = context.params
+        _finish(verbs.deploy(collect(context), full=own["full"], planned=own["planned"]), context)
 
 
 @cli.command()

@@ -30,6 +30,8 @@ _NOISE = (
 )
 #: Key of a result that carries findings of ours (preflight's action plugin).
 FINDINGS_KEY = "dsv3_findings"
+#: Code of the finding of a lock that another run holds (playbooks/action_plugins/dsv3_lock.py).
+LOCKED = "locked"
 #: Key of ``ansible.builtin.set_stats`` under which a playbook hands results to the report.
 REPORT_KEY = "dsv3_report"
 
@@ -396,12 +398,14 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, or the code of the first failure: 6 unreachable, 3 preflight, 5 verify, 4 any other stage."""
+        """0, or the code of the first failure: 6 unreachable, 7 locked, 3 preflight, 5 verify, 4 any other."""
         first = self.first
         if first is None:
             return 0
         if first.unreachable:
             return 6
+        if first.code == LOCKED:
+            return 7
         return {"preflight": 3, "verify": 5}.get(first.stage, 4)
 
     def _switch(self, stage: str, time: float) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_dsv3 import observation
-from deploy_dsv3.events import HostOk, Record
+from deploy_dsv3.events import LOCKED, HostOk, Record
 from deploy_dsv3.findings import Finding
 
 #: Time between two signs of life [seconds].
@@ -35,8 +35,6 @@ EXPIRES_ALONE_S = 4 * 3600.0
 
 #: The task that takes the lock, see playbooks/lock.yml.
 TASK = "Take the deployment's lock"
-#: `Finding.code` of a lock that somebody else holds; the run then ends with exit code 7.
-CODE = "locked"
 
 _PROC = Path("/proc")
 
@@ -109,7 +107,7 @@ def refusal(host: str, known: Mapping[str, Any]) -> Finding:
     doing = f"{known.get('verb') or 'run'} {known.get('run') or ''}".strip()
     silent, expires = float(known.get("silent_s") or 0), float(known.get("expires_s") or 0)
     return Finding(
-        code=CODE,
+        code=LOCKED,
         host=host,
         severity="error",
         message=f"{host}: the deployment is locked by {who} ({doing}, process {known.get('pid') or 'unknown'}, "
@@ -126,11 +124,13 @@ class Keeper:
     Args:
         mine: the run.
         connections: each head's variables for connecting.
+        locks: whether the run takes the lock; one that only looks leaves its line of history all the same.
     """
 
-    def __init__(self, mine: Holder, connections: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, mine: Holder, connections: Mapping[str, Mapping[str, Any]], *, locks: bool = True) -> None:
         self._mine = mine
         self._connections = connections
+        self._locks = locks
         self._held: list[str] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -153,9 +153,12 @@ class Keeper:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        request = {"do": "release", "entry": self.entry, "forget": self.forget}
         if self._held:
-            answers = self._ask({"do": "release", "entry": self.entry, "forget": self.forget})
-            self._note(answers, "the lock could not be given back; it is stale in a few minutes")
+            self._note(self._ask(request), "the lock could not be given back; it is stale in a few minutes")
+        elif not self._locks and self.entry:
+            self._held = list(self._connections)
+            self._ask(request)
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_S):

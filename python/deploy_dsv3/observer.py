@@ -264,7 +264,10 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # one unreadable section must not hide the others
             seen["errors"][section] = f"{type(error).__name__}: {error}"
 
-    only = [] if request["deep"] else ["os", "gpus", "driver", "docker"]
+    # The second line is what drift is told by.
+    shallow = ["os", "gpus", "driver", "docker", "deployment"]
+    shallow += ["cdi", "infiniband", "state"]
+    only = [] if request["deep"] else shallow
     read("facts", lambda: probe.probe({"only": only}))
     if seen.get("facts", {}).get("docker", {}).get("running"):
         read("container", lambda: container(probe, request["container"]))

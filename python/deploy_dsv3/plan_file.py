@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_dsv3 import __version__, drift
-from deploy_dsv3.errors import PreflightError, UsageError
+from deploy_dsv3.errors import PreflightError, UnreachableError, UsageError
 from deploy_dsv3.plan import Plan
 
 SCHEMA = 1
@@ -47,14 +47,17 @@ def check(plan: Plan, path: Path) -> None:
     Raises:
         UsageError: the file is not a plan, or the settings are not those of the plan: plan again.
         PreflightError: the hosts are not as they were; what differs is named.
+        UnreachableError: a host could not be looked at.
     """
     kept = _read(path)
+    if plan.unreachable:
+        raise UnreachableError(
+            "; ".join(f"{host}: {why}" for host, why in plan.unreachable.items()),
+            remedy="A plan is applied only to hosts that are seen to be as it says.",
+        )
     if kept["fingerprint"] == plan.fingerprint:
         return
-    changed = [
-        f"{one.host}: {one.key}: {one.recorded or 'not there'} in the plan, {one.found or 'not there'} now"
-        for one in _changes(kept["states"], plan)
-    ]
+    changed = [f"{one.host}: {one}" for one in _changes(kept["states"], plan)]
     if changed:
         more = f" and {len(changed) - _MOST_TOLD} more" if len(changed) > _MOST_TOLD else ""
         raise PreflightError(

@@ -226,7 +226,7 @@ def _serve_options(values: Mapping[str, Any]) -> Iterator[Problem]:
             message=f"lmdeploy_options {problem}",
             expected="options of `lmdeploy serve api_server --help` that have no setting of their own, "
             "without the dashes",
-            remedy="Correct it; for an LMDeploy newer than this deploy-dsv3 knows, set lmdeploy_check_options to false.",
+            remedy="Correct it; for a newer LMDeploy than this version knows, set lmdeploy_check_options to false.",
         )
 
 

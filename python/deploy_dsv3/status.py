@@ -14,8 +14,10 @@ from typing import Any, TextIO
 
 import httpx
 
-from deploy_dsv3 import observation
+from deploy_dsv3 import drift, manifest, observation
 from deploy_dsv3.derive import endpoint_url
+from deploy_dsv3.drift import Drift
+from deploy_dsv3.facts import FactsError, load_facts
 from deploy_dsv3.observation import Observation
 from deploy_dsv3.serving import served_model
 from deploy_dsv3.topology import Deployment, Replica
@@ -30,7 +32,8 @@ class NodeStatus:
     """One host. `container` is Docker's word for its state, ``absent`` where there is none.
 
     `gpus` are those that the driver lists; `ray_alive` and `ray_gpus` are how the head's cluster counts this
-    node, None where that is not known. `error` says why the host could not be looked at.
+    node, None where that is not known. `drift` is what somebody changed by hand since the last finished deploy.
+    `error` says why the host could not be looked at.
     """
 
     host: str
@@ -46,6 +49,7 @@ class NodeStatus:
     ray_gpus: int | None = None
     phase: str = ""
     image_id: str = ""
+    drift: tuple[Drift, ...] = ()
     error: str = ""
 
 
@@ -190,7 +194,7 @@ def _replica(
         or observation.connect_address(replica.head, connections[replica.head])
     )
     status = head.document("status")
-    nodes = tuple(_node(replica, seen[host], status) for host in replica.hosts)
+    nodes = tuple(_node(replica, seen[host], status, settings[host]["engine_container_name"]) for host in replica.hosts)
     model = served_model(settings[replica.head])
     expected = head.document("node").get("expected", {}).get("gpus")
     return ReplicaStatus(
@@ -205,7 +209,7 @@ def _replica(
     )
 
 
-def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any]) -> NodeStatus:
+def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any], container: str) -> NodeStatus:
     role = "head" if seen.host == replica.head else "worker"
     if not seen.reached:
         return NodeStatus(host=seen.host, role=role, error=seen.error)
@@ -228,7 +232,18 @@ def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any]) -
         ray_gpus=int(in_ray.get("gpus", 0)) if in_ray else None,
         phase=seen.document("status").get("phase", ""),
         image_id=seen.container.get("Image", ""),
+        drift=tuple(_drift(seen, container)),
     )
+
+
+def _drift(seen: Observation, container: str) -> list[Drift]:
+    """What somebody changed by hand on a host; nothing where no finished deploy is on record."""
+    try:
+        facts = load_facts(seen.seen.get("facts", {}))
+    except FactsError:
+        return []
+    record = manifest.load(facts)
+    return drift.find(seen.host, record.state, drift.state_of(facts, container)) if record else []
 
 
 def _engine(head: Observation, status: Mapping[str, Any]) -> EngineStatus:
@@ -343,6 +358,8 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
     for node in replica.nodes:
         if node.error:
             console.print(Text(f"  {node.host} was not reached: {node.error}", style="red"))
+        for one in node.drift:
+            console.print(Text.assemble(("  changed by hand ", "magenta"), f"{node.host}: {one}"))
     console.print()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +13,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from deploy_dsv3 import content, inventory, progress, runner, settings, topology
-from deploy_dsv3.errors import ConfigError, ConfigErrors, Interrupted, UnreachableError, UsageError
-from deploy_dsv3.events import Failure, HostFailed, HostOk, Outcome, Record, StageStarted
+from deploy_dsv3.errors import (
+    ConfigError,
+    ConfigErrors,
+    InternalError,
+    Interrupted,
+    UnreachableError,
+    UsageError,
+)
+from deploy_dsv3.events import Failure, Finished, HostFailed, HostOk, HostStats, Outcome, Record, StageStarted
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
 from deploy_dsv3.settings import Settings
@@ -122,14 +130,50 @@ def check(loaded: Inventory) -> tuple[Deployment, Settings]:
     return deployment, checked
 
 
-def deploy(options: Options) -> Result:
+def deploy(options: Options, *, full: bool = False, planned: Path | None = None) -> Result:
     """Take the hosts of an inventory to a served and verified model.
 
+    Where the plan finds nothing to do, the hosts and the endpoint are verified and no role is walked.
+
+    Args:
+        options: the command line.
+        full: walk every role even so.
+        planned: a plan that was kept; it is refused if it would be another one now.
+
     Raises:
-        DeployError: the run could not begin, or was stopped.
+        DeployError: the run could not begin, nobody agreed to the plan, or it was stopped.
     """
+    from deploy_dsv3 import plan_file
+
     target = load(options, whole_replicas=True)
-    return _play("deploy", options, target, verify_after=_stage_is_wanted("verify", options) and not options.check)
+    made = None if options.check and not planned else _plan(target, options)
+    if made and planned:
+        plan_file.check(made, planned)
+    elif made:
+        _agree(options, made)
+    partial = bool(options.check or options.tags or options.skip_tags)
+    return _play(
+        "deploy",
+        options,
+        target,
+        plan=made,
+        converged=bool(made and made.converged) and not full and not partial,
+        verify_after=_stage_is_wanted("verify", options) and not options.check,
+    )
+
+
+def _agree(options: Options, made: Plan) -> None:
+    """Show the plan to somebody at a terminal, and ask; what preflight refuses, it refuses by itself.
+
+    Raises:
+        UsageError: they do not agree.
+    """
+    from deploy_dsv3 import plan_text
+
+    if options.yes or not _somebody_is_there() or made.nothing_to_do or made.unreachable or made.errors:
+        return
+    plan_text.render(made, sys.stderr, brief=True)
+    _ask(options, "Do it?", "nothing was changed")
 
 
 def plan(options: Options, *, out: Path | None = None) -> Result:
@@ -320,10 +364,14 @@ def _ask(options: Options, question: str, otherwise: str) -> None:
     """
     if options.yes:
         return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not _somebody_is_there():
         raise UsageError(f"{question} Nobody is there to ask.", remedy="Add --yes to say so beforehand.")
     if not click.confirm(question, err=True):
         raise UsageError(f"not confirmed; {otherwise}", remedy="Answer y, or add --yes.")
+
+
+def _somebody_is_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _play(
@@ -331,18 +379,23 @@ def _play(
     options: Options,
     target: Target,
     *,
+    plan: Plan | None = None,
+    converged: bool = False,
     extra_vars: Mapping[str, Any] | None = None,
     verify_after: bool = False,
 ) -> Result:
+    """Run a verb's playbook under the deployment's lock, and verify; where all is `converged`, only verify."""
+    from deploy_dsv3 import history, lock, plan_text
     from deploy_dsv3 import report as report_module
 
-    started = time.monotonic()
+    started = time.time()
     log = runner.RunLog(verb, target.secrets)
+    mine = lock.holder(log.id, verb)
     job = runner.Job(
         playbook=content.playbook(verb),
         inventories=options.inventories,
         hosts=len(target.hosts),
-        extra_vars={**target.settings.extra_vars, **(extra_vars or {})},
+        extra_vars={**target.settings.extra_vars, **(extra_vars or {}), "dsv3_run": mine.as_dict()},
         user_extra_vars=options.extra_vars,
         limit=options.limit,
         tags=options.tags,
@@ -352,23 +405,47 @@ def _play(
         verbosity=options.verbosity,
         passwords=_passwords(options),
     )
+    outcome: Outcome | None = None
     verification: Any = None
-    with log, progress.choose(target.hosts, json=options.json) as shown:
+    exit_code = InternalError.exit_code
+    keeper = lock.Keeper(mine, _heads(target, options), locks=not converged)
+    with log, progress.choose(target.hosts, json=options.json) as shown, keeper:
+
+        def show(record: Record) -> None:
+            keeper.watch(record)
+            shown.show(record)
+
         try:
-            outcome = runner.run(job, log=log, on_record=shown.show)
+            if plan and converged:
+                outcome = _nothing_to_do(target, plan, show)
+            else:
+                outcome = runner.run(job, log=log, on_record=show)
             if verify_after and outcome.exit_code == 0:
-                verification = _verify_stage(target, options, outcome, shown.show)
+                verification = _verify_stage(target, options, outcome, show)
+            exit_code = outcome.exit_code
         except Interrupted as error:
+            exit_code = error.exit_code
             error.remedy += f" The log is in {log.directory}."
             raise
+        finally:
+            line = history.entry(
+                mine,
+                started=started,
+                seconds=time.time() - started,
+                exit_code=exit_code,
+                plan=plan_text.summary(plan) if plan else "",
+                outcome=outcome,
+            )
+            keeper.entry = {} if options.check else json.loads(log.strike_out(json.dumps(line)))
+            keeper.forget = verb == "destroy" and exit_code == 0
     report = report_module.Report(
         verb=verb,
-        exit_code=outcome.exit_code,
-        seconds=time.monotonic() - started,
+        exit_code=exit_code,
+        seconds=time.time() - started,
         deployment=target.deployment,
         outcome=outcome,
         check=options.check,
-        warnings=target.warnings,
+        warnings=(*target.warnings, *keeper.problems),
         verification=verification,
         log=log.directory,
     )
@@ -377,6 +454,27 @@ def _play(
         document=report.as_dict(),
         render=lambda stream: report_module.render(report, stream),
     )
+
+
+def _nothing_to_do(target: Target, plan: Plan, show: Callable[[Record], None]) -> Outcome:
+    """The outcome of a run that found every host as it should be."""
+    outcome = Outcome()
+    now = time.time()
+    records: list[Record] = [
+        StageStarted(time=now, stage="preflight", title="every host is as the last deploy left it")
+    ]
+    records += [HostOk(time=now, stage="preflight", host=host, task="Compare the host") for host in target.hosts]
+    records.append(
+        Finished(
+            time=time.time(),
+            hosts={host: HostStats(ok=1) for host in target.hosts},
+            report={one.name: {"endpoint": one.endpoint, "model": one.model} for one in plan.replicas},
+        )
+    )
+    for record in records:
+        outcome.add(record)
+        show(record)
+    return outcome
 
 
 def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Callable[[Record], None]) -> Any:

@@ -70,9 +70,9 @@ def started_at(host: Host) -> tuple[str, str]:
     return seen["Id"], seen["State"]["StartedAt"]
 
 
-def health(host: Host) -> str:
-    """What Docker makes of the container's health check."""
-    return str(container(host)["State"]["Health"]["Status"])
+def is_healthy(host: Host) -> bool:
+    """Whether Docker calls the engine's container healthy."""
+    return bool(container(host)["State"]["Health"]["Status"] == "healthy")
 
 
 def launcher_status(host: Host) -> dict[str, Any]:

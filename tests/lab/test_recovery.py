@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import sight
@@ -103,5 +104,5 @@ def test_a_restarted_daemon_leaves_the_engine_alone(lab: Lab, endpoint: str, tim
 
 def test_everything_is_as_it_was_deployed(product: Product, lab: Lab) -> None:
     for host in lab:  # Docker looks every 15 s
-        sight.eventually(lambda host=host: sight.health(host) == "healthy", f"{host.name} healthy", within_s=60)
+        sight.eventually(partial(sight.is_healthy, host), f"{host.name} is healthy", within_s=60)
     assert "all passed" in product("verify", "--inventory", lab.inventory).out

@@ -13,6 +13,7 @@ from deploy_dsv3.derive import HostInput, NodePlan, derive
 from deploy_dsv3.facts import load_facts
 from deploy_dsv3.hostvars import role_defaults
 from deploy_dsv3.plan import Plan
+from deploy_dsv3.probing import Fleet
 from deploy_dsv3.topology import Deployment, Replica
 
 HEAD, WORKER = "gpu-01", "gpu-02"
@@ -68,6 +69,12 @@ def bare() -> Documents:
             registry={"registry": "http://registry.example", "digest": "sha256:d", "bytes": 142_000_000, "error": ""},
         )
     return documents
+
+
+def nobody(settings: Mapping[str, Mapping[str, Any]], connections: Mapping[str, Any]) -> Fleet:
+    """Stands where hosts are probed: none can be reached."""
+    hosts = {host: HostInput(host=host, facts=None, settings=settings[host]) for host in connections}
+    return Fleet(hosts=hosts, unreachable=dict.fromkeys(hosts, "no route"))
 
 
 def planned(documents: Documents, **settings: Any) -> Plan:

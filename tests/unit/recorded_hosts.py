@@ -38,14 +38,10 @@ def changed_port(facts: HostFacts, device: str, **changes: Any) -> HostFacts:
 def host_input(host: str, facts: HostFacts | None, connect_address: str = "", **settings: Any) -> HostInput:
     """A host with the roles' default settings, some of them changed."""
     address = connect_address or (facts.connection.server_address if facts else "")
-    return HostInput(
-        host=host, facts=facts, settings={**role_defaults(), **settings}, connect_address=address
-    )
+    return HostInput(host=host, facts=facts, settings={**role_defaults(), **settings}, connect_address=address)
 
 
 def replica_of(*inputs: HostInput) -> tuple[Replica, dict[str, HostInput]]:
     """A replica of these hosts, the first of them the head."""
     names = [known.host for known in inputs]
-    return Replica(name="dsv3", head=names[0], workers=tuple(names[1:])), {
-        known.host: known for known in inputs
-    }
+    return Replica(name="dsv3", head=names[0], workers=tuple(names[1:])), {known.host: known for known in inputs}

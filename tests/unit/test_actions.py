@@ -58,9 +58,7 @@ PLAYBOOK = """
 """
 
 
-def play(
-    folder: Path, facts: str, *options: str, inventory: str = INVENTORY, **environ: str
-) -> dict[str, Any]:
+def play(folder: Path, facts: str, *options: str, inventory: str = INVENTORY, **environ: str) -> dict[str, Any]:
     """What each host has after the plugins ran: {"facts", "node", "judged"}."""
     (folder / "prod.ini").write_text(inventory)
     (folder / "play.yml").write_text(PLAYBOOK.format(facts=facts))

@@ -213,7 +213,5 @@ def test_a_lone_host_is_a_replica() -> None:
 
 def test_no_secret_gets_into_a_plan() -> None:
     canary = "sk-canary-1d9f"
-    plans, _ = two_hosts(
-        endpoint_api_keys=[canary], engine_image_registry_password=canary, endpoint_mode="direct"
-    )
+    plans, _ = two_hosts(endpoint_api_keys=[canary], engine_image_registry_password=canary, endpoint_mode="direct")
     assert canary not in json.dumps([plan.to_json() for plan in plans.values()])

@@ -29,9 +29,7 @@ def test_missing_sections_are_empty() -> None:
 
 
 def test_fields_of_a_newer_probe_are_ignored() -> None:
-    assert load_facts(
-        {"schema": 1, "liquid_cooling": {"ok": True}, "os": {"id": "debian", "edition": "x"}}
-    ).os.id
+    assert load_facts({"schema": 1, "liquid_cooling": {"ok": True}, "os": {"id": "debian", "edition": "x"}}).os.id
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,7 @@ def test_unread_sections_become_warnings() -> None:
     host = recorded("l20-pcie", errors={"listening": "PermissionError: /proc/net/tcp"})
     (finding,) = facts.unread_sections("gpu1", host)
     assert finding.severity == "warning"
-    assert (
-        "gpu1" in finding.message and "listening" in finding.message and "PermissionError" in finding.message
-    )
+    assert "gpu1" in finding.message and "listening" in finding.message and "PermissionError" in finding.message
 
 
 def test_the_reference_is_current() -> None:

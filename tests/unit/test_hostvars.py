@@ -11,9 +11,7 @@ from deploy_dsv3 import hostvars
 
 def test_defaults_hold_without_variables() -> None:
     settings = hostvars.settings_of({"gpu1": {}}, "gpu1")
-    assert (
-        settings["ray_cluster_port"] == 6379 and settings["model_weights_path"] == "/data/models/DeepSeek-V3"
-    )
+    assert settings["ray_cluster_port"] == 6379 and settings["model_weights_path"] == "/data/models/DeepSeek-V3"
 
 
 @pytest.mark.parametrize(

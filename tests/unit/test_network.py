@@ -82,10 +82,7 @@ def test_two_recorded_hosts_meet_on_the_management_network() -> None:
 
 def test_the_others_follow_the_host_whose_address_is_known() -> None:
     both = ("eth0", "198.51.100.{}/24"), ("eth1", "192.0.2.{}/24")
-    hosts = [
-        made(*(nic(name, cidr.format(n)) for name, cidr in both), routes=(("0.0.0.0/0", "eth0"),))
-        for n in (1, 2)
-    ]
+    hosts = [made(*(nic(name, cidr.format(n)) for name, cidr in both), routes=(("0.0.0.0/0", "eth0"),)) for n in (1, 2)]
     sockets = choose(
         HostView(host="a", facts=hosts[0], connect_address="192.0.2.1"), HostView(host="b", facts=hosts[1])
     )
@@ -94,9 +91,7 @@ def test_the_others_follow_the_host_whose_address_is_known() -> None:
 
 def test_the_shared_subnet_wins_over_the_default_route() -> None:
     first = made(nic("eth0", "198.51.100.1/25"), nic("eth1", "192.0.2.1/24"), routes=(("0.0.0.0/0", "eth0"),))
-    second = made(
-        nic("eth0", "198.51.100.129/25"), nic("eth1", "192.0.2.2/24"), routes=(("0.0.0.0/0", "eth0"),)
-    )
+    second = made(nic("eth0", "198.51.100.129/25"), nic("eth1", "192.0.2.2/24"), routes=(("0.0.0.0/0", "eth0"),))
     sockets = choose(HostView(host="a", facts=first), HostView(host="b", facts=second))
     assert {socket.address for socket in sockets.values()} == {"192.0.2.1", "192.0.2.2"}
 
@@ -108,9 +103,7 @@ def test_routed_networks_take_the_interface_of_the_route() -> None:
         routes=(("0.0.0.0/0", "eth0"), ("192.0.2.0/24", "eth1")),
     )
     near = made(nic("eth0", "192.0.2.1/24"))
-    sockets = choose(
-        HostView(host="a", facts=near, connect_address="192.0.2.1"), HostView(host="b", facts=far)
-    )
+    sockets = choose(HostView(host="a", facts=near, connect_address="192.0.2.1"), HostView(host="b", facts=far))
     assert sockets["b"] == Socket(address="203.0.113.1", interface="eth1")
 
 
@@ -171,10 +164,7 @@ def test_the_operator_decides(override: dict[str, str], expected: Socket) -> Non
 
 
 def test_a_bridge_can_be_named() -> None:
-    assert (
-        choose(HostView(host="a", facts=recorded("cloud-vm"), interface="wg0"))["a"].address
-        == "198.51.100.200"
-    )
+    assert choose(HostView(host="a", facts=recorded("cloud-vm"), interface="wg0"))["a"].address == "198.51.100.200"
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,7 @@ def edited(name: str, **changes: Any) -> HostFacts:
     return load_facts(content)
 
 
-def container(
-    name: str, image: str, *, state: str = "running", ours: bool = False, id: str = OURS
-) -> dict[str, Any]:
+def container(name: str, image: str, *, state: str = "running", ours: bool = False, id: str = OURS) -> dict[str, Any]:
     labels = {"io.deploy-dsv3.managed": "true", "io.deploy-dsv3.role": "head"} if ours else {}
     return {"name": name, "id": id, "image": image, "labels": labels, "state": state}
 
@@ -55,9 +53,7 @@ def judge_one(facts: HostFacts, **settings: Any) -> dict[str, Finding]:
 def judge_pair(first: HostFacts, second: HostFacts) -> list[tuple[str, str, str]]:
     """(host, severity, code) of two hosts' findings."""
     found = judge(host_input("gpu1", first), host_input("gpu2", second))
-    return [
-        (finding.host, finding.severity, finding.code) for findings in found.values() for finding in findings
-    ]
+    return [(finding.host, finding.severity, finding.code) for findings in found.values() for finding in findings]
 
 
 @pytest.mark.parametrize("names", [("h800-ib-1", "h800-ib-2"), ("h20-roce-1", "h20-roce-2"), ("l20-pcie",)])
@@ -108,9 +104,7 @@ def test_a_prepared_host_without_systemd_is_warned_of() -> None:
         ),
     ],
 )
-def test_a_bad_host_is_refused(
-    changes: dict[str, Any], settings: dict[str, Any], code: str, said: str
-) -> None:
+def test_a_bad_host_is_refused(changes: dict[str, Any], settings: dict[str, Any], code: str, said: str) -> None:
     finding = judge_one(edited("l20-pcie", **changes), **settings)[code]
     assert finding.severity == "error"
     assert finding.message.startswith("gpu1: ") and said in finding.message
@@ -134,9 +128,7 @@ def test_a_bad_host_is_refused(
         ),
     ],
 )
-def test_what_a_later_stage_repairs_is_a_warning(
-    changes: dict[str, Any], settings: dict[str, Any], code: str
-) -> None:
+def test_what_a_later_stage_repairs_is_a_warning(changes: dict[str, Any], settings: dict[str, Any], code: str) -> None:
     found = judge_one(edited("l20-pcie", **changes), **settings)
     assert {(finding.code, finding.severity) for finding in found.values()} == {(code, "warning")}
 
@@ -182,9 +174,7 @@ MIRRORED = {"engine_image_name": "registry.example.com:5000/lmdeploy"}
 def test_a_host_that_runs_the_image_needs_little_space(
     image: str, settings: dict[str, Any], free: float, refused: bool
 ) -> None:
-    facts = edited(
-        "l20-pcie", disks=disks(free), docker__containers=[container("lmdeploy", image, ours=True)]
-    )
+    facts = edited("l20-pcie", disks=disks(free), docker__containers=[container("lmdeploy", image, ours=True)])
     assert ("disk" in judge_one(facts, **settings)) is refused
 
 
@@ -211,17 +201,12 @@ def test_a_port_in_use_names_the_process(port: int, setting: str) -> None:
     facts = edited("l20-pcie", listening=[listener(port, "redis-server", unit="redis-server.service")])
     finding = judge_one(facts)["port-taken"]
     assert finding.severity == "error"
-    assert (
-        f"port {port} ({setting}) is in use by redis-server (pid 4711) of redis-server.service"
-        in finding.message
-    )
+    assert f"port {port} ({setting}) is in use by redis-server (pid 4711) of redis-server.service" in finding.message
 
 
 def test_a_port_of_another_container_names_it() -> None:
     vllm = container("vllm-qwen", "registry.example.com/inference:1", id="9f" * 32)
-    facts = edited(
-        "l20-pcie", docker__containers=[vllm], listening=[listener(8000, "vllm", container_id="9f" * 32)]
-    )
+    facts = edited("l20-pcie", docker__containers=[vllm], listening=[listener(8000, "vllm", container_id="9f" * 32)])
     assert "by vllm (pid 4711) in container 'vllm-qwen'" in judge_one(facts)["port-taken"].message
 
 
@@ -323,9 +308,7 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
         ({"docker__version": "28.4.0"}, {}, False),
     ],
 )
-def test_a_docker_without_cdi_is_refused(
-    changes: dict[str, Any], settings: dict[str, Any], refused: bool
-) -> None:
+def test_a_docker_without_cdi_is_refused(changes: dict[str, Any], settings: dict[str, Any], refused: bool) -> None:
     findings = judge_one(edited("l20-pcie", **changes), **settings)
     assert ("docker-old" in findings) is refused
 
@@ -356,9 +339,7 @@ def gpus(count: int, name: str = "NVIDIA H800", memory: int = 81559) -> list[dic
         ),
     ],
 )
-def test_gpus_are_equal_across_a_replica(
-    second: dict[str, Any], expected: list[tuple[str, str, str]]
-) -> None:
+def test_gpus_are_equal_across_a_replica(second: dict[str, Any], expected: list[tuple[str, str, str]]) -> None:
     assert judge_pair(recorded("h800-ib-1"), edited("h800-ib-2", **second)) == expected
 
 
@@ -391,10 +372,7 @@ def test_a_host_that_cannot_reach_another_names_both() -> None:
     ]
     findings = judge_one(edited("l20-pcie", reach=reach))
     assert set(findings) == {"unreachable-peer"}
-    assert (
-        findings["unreachable-peer"].message
-        == "gpu1: cannot reach gpu2 at 192.0.2.12, TCP port 6380: timed out"
-    )
+    assert findings["unreachable-peer"].message == "gpu1: cannot reach gpu2 at 192.0.2.12, TCP port 6380: timed out"
 
 
 @pytest.mark.parametrize(
@@ -458,9 +436,7 @@ def test_preinstalled_drivers_are_equal_and_new_enough() -> None:
     old = edited("h800-ib-2", driver__loaded_version="560.35.05")
     found = judge(
         host_input("gpu1", recorded("h800-ib-1"), nvidia_driver_source="preinstalled"),
-        host_input(
-            "gpu2", old, nvidia_driver_source="preinstalled", engine_image_name="lmdeploy:v0.18.0-cu12.8"
-        ),
+        host_input("gpu2", old, nvidia_driver_source="preinstalled", engine_image_name="lmdeploy:v0.18.0-cu12.8"),
     )
     assert [finding.code for finding in found["gpu1"] + found["gpu2"]] == ["driver-differs", "driver-old"]
 

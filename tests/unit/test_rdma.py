@@ -50,9 +50,7 @@ def test_infiniband_rails_without_the_storage_hca() -> None:
 def test_every_entry_is_a_device() -> None:
     first, _, _ = pair(recorded("h800-ib-1"), recorded("h800-ib-2"))
     assert len(first.devices) == 26
-    assert {"/dev/infiniband/uverbs0", "/dev/infiniband/uverbs8", "/dev/infiniband/rdma_cm"} < set(
-        first.devices
-    )
+    assert {"/dev/infiniband/uverbs0", "/dev/infiniband/uverbs8", "/dev/infiniband/rdma_cm"} < set(first.devices)
 
 
 def test_roce_rails_without_the_management_bond_and_the_index_of_the_shared_subnet() -> None:
@@ -196,9 +194,7 @@ def test_active_ports_without_device_files_cannot_be_used() -> None:
 )
 def test_overrides_that_do_not_fit_are_refused(settings: dict[str, Any], code: str, said: str) -> None:
     _, _, findings = pair(recorded("h800-ib-port-down"), recorded("h800-ib-port-down"), **settings)
-    messages = [
-        finding.message for finding in findings if (finding.code, finding.severity) == (code, "error")
-    ]
+    messages = [finding.message for finding in findings if (finding.code, finding.severity) == (code, "error")]
     assert messages and said in messages[0] and messages[0].startswith("b:")
 
 

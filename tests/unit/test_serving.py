@@ -57,7 +57,10 @@ def test_passed_through_options(options: dict[str, Any], words: list[str]) -> No
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"enable-prefix-cachin": True}, "no option of `lmdeploy serve api_server`; did you mean 'enable-prefix-caching'?"),
+        (
+            {"enable-prefix-cachin": True},
+            "no option of `lmdeploy serve api_server`; did you mean 'enable-prefix-caching'?",
+        ),
         ({"tp": 8}, "which is the setting lmdeploy_tp"),
         ({"api_keys": ["k"]}, "which is the setting endpoint_api_keys"),
         ({"dp": 2}, "another layout"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from converged_hosts import converged
 
 from deploy_dsv3 import hostvars, observation, status
 from deploy_dsv3.observation import Observation
@@ -211,3 +212,16 @@ def test_json_is_complete_and_plain(collect: Collect) -> None:
     ]
     assert replica["endpoint"]["models"] == [MODEL]
     assert [node["host"] for node in replica["nodes"]] == [HEAD, WORKER]
+
+
+def test_what_somebody_changed_by_hand_is_told_by_host_and_key(hosts: dict[str, Any], collect: Collect) -> None:
+    for host, document in converged().items():
+        hosts[host]["facts"] = document
+    assert [node.drift for node in collect().replicas[0].nodes] == [(), ()]
+    hosts[WORKER]["facts"]["state"]["sysctls"]["vm.swappiness"] = "1"
+    report = collect()
+    (one,) = report.as_dict()["replicas"][0]["nodes"][1]["drift"]
+    assert (one["host"], one["key"], one["recorded"], one["found"]) == (WORKER, "sysctl vm.swappiness", "60", "1")
+    stream = io.StringIO()
+    status.render(report, stream)
+    assert "changed by hand gpu-02: sysctl vm.swappiness was 60, is 1" in stream.getvalue()

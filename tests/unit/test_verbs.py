@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from converged_hosts import nobody
 
-from deploy_dsv3 import runner, status, verbs, verification
+from deploy_dsv3 import probing, runner, status, verbs, verification
 from deploy_dsv3.errors import ConfigErrors
 from deploy_dsv3.events import Failure, Outcome
 from deploy_dsv3.options import Options
@@ -57,6 +58,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, outcome: Outcome, *checks: Check) -
     verifier = Verifier(*checks)
     monkeypatch.setattr(runner, "run", lambda *_, **__: outcome)
     monkeypatch.setattr(verification, "verify", verifier)
+    monkeypatch.setattr(probing, "probe", nobody)
     return verifier
 
 

@@ -21,10 +21,18 @@ from deploy_dsv3.errors import UnreachableError, UsageError
 Serve = Callable[..., Server]
 
 
-def measure(server: Server, *, api_key: str = "", ca_file: str = "", concurrency: int = 0, **row: int) -> RowRun:
+def measure(
+    server: Server,
+    *,
+    api_key: str = "",
+    ca_file: str = "",
+    concurrency: int = 0,
+    range_ratio: float = 0.0,
+    **row: int,
+) -> RowRun:
     shape = {"num_prompts": 24, "input_len": 16, "output_len": 12, **row}
     wanted = Row(**shape)  # type: ignore[arg-type]
-    plan = Plan(profile="custom", rows=(wanted,))
+    plan = Plan(profile="custom", rows=(wanted,), range_ratio=range_ratio)
 
     async def go() -> RowRun:
         async with Client(Endpoint(base_url=server.url, api_key=api_key, ca_file=ca_file)) as client:
@@ -98,7 +106,8 @@ def test_half_of_the_requests_fail_and_none_of_them_is_averaged_in(serve: Serve)
 
 def test_requests_that_are_refused_at_once_do_not_end_a_row_that_is_served(serve: Serve) -> None:
     """Hundreds of failures before the first success ends: the service is asked, and goes on being measured."""
-    run = measure(serve(fail_every=2, step_s=0.05), num_prompts=400, output_len=20)
+    # Range ratio 1: every answer takes the 20 steps, so none of them can end among the refusals.
+    run = measure(serve(fail_every=2, step_s=0.1), num_prompts=400, output_len=20, range_ratio=1.0)
     assert not run.gone
     first_success = next(place for place, outcome in enumerate(run.outcomes) if not outcome.error)
     assert first_success > 64
