@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import lzma
 import re
@@ -269,10 +268,11 @@ def _target(folder: Path) -> list[str]:
 
 def _copy_collections(folder: Path) -> dict[str, str]:
     """Copy the Ansible collections that roles and playbooks use, and those they need; name to version."""
-    spec = importlib.util.find_spec("ansible_collections")
-    if spec is None or not spec.submodule_search_locations:
-        raise BundleError("package `ansible` is not installed here: run in deploy-dsv3's own environment")
-    source = Path(spec.submodule_search_locations[0])
+    # By the distribution's files: the import system answers otherwise once Ansible's own loader is in it.
+    try:
+        source = Path(str(importlib.metadata.distribution("ansible").locate_file("ansible_collections")))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BundleError("package `ansible` is not installed here: run in deploy-dsv3's own environment") from error
     texts = (
         path.read_text(encoding="utf-8") for top in ("roles", "playbooks") for path in (REPOSITORY / top).rglob("*.yml")
     )
