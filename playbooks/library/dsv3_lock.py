@@ -39,6 +39,10 @@ options:
     description: Line of the history that is added with the release.
     type: dict
     default: {}
+  keep:
+    description: Keep that line even where there is no deployment and no history yet.
+    type: bool
+    default: false
   forget:
     description: Remove the history with the lock, and the folder if nothing else is in it.
     type: bool
@@ -69,6 +73,7 @@ runs:
 """
 
 FOLDER = "var/lib/deploy-dsv3"
+CONFIG = "etc/deploy-dsv3"
 
 
 @contextlib.contextmanager
@@ -134,7 +139,7 @@ def died(holder):
 
 def apply(request, root="/", now=time.time):
     """Do what `request` asks, see the module's options; returns what the module returns."""
-    folder = os.path.join(root, FOLDER)
+    folder, config = os.path.join(root, FOLDER), os.path.join(root, CONFIG)
     lock, kept = os.path.join(folder, "lock.json"), os.path.join(folder, "history.jsonl")
     do, mine = request["do"], request.get("holder") or {}
     if do == "read":
@@ -153,7 +158,8 @@ def apply(request, root="/", now=time.time):
         if (do == "release" and holder and holder.get("run") == mine["run"]) or (do == "break" and holder):
             os.remove(lock)
             answer["done"] = True
-        if request.get("entry"):
+        # A host that has never had a deployment is left without a trace of a run that changed nothing.
+        if request.get("entry") and (request.get("keep") or any(map(os.path.exists, (kept, config)))):
             append(kept, request["entry"])
         if request.get("forget") and not os.path.exists(lock):
             with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_dsv3 import observation
-from deploy_dsv3.events import LOCKED, HostOk, Record
+from deploy_dsv3.events import LOCKED, HostChanged, HostOk, Record
 from deploy_dsv3.findings import Finding
 
 #: Time between two signs of life [seconds].
@@ -132,6 +132,7 @@ class Keeper:
         self._connections = connections
         self._locks = locks
         self._held: list[str] = []
+        self._changed = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         #: The run's line of history.
@@ -142,9 +143,10 @@ class Keeper:
         self.problems: list[str] = []
 
     def watch(self, record: Record) -> None:
-        """Notice where the run has taken the lock."""
+        """Notice where the run has taken the lock, and whether it has changed anything."""
         if isinstance(record, HostOk) and record.task == TASK and record.host not in self._held:
             self._held.append(record.host)
+        self._changed = self._changed or isinstance(record, HostChanged)
 
     def __enter__(self) -> Keeper:
         self._thread.start()
@@ -153,7 +155,7 @@ class Keeper:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        request = {"do": "release", "entry": self.entry, "forget": self.forget}
+        request = {"do": "release", "entry": self.entry, "keep": self._changed, "forget": self.forget}
         if self._held:
             self._note(self._ask(request), "the lock could not be given back; it is stale in a few minutes")
         elif not self._locks and self.entry:

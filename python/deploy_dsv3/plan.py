@@ -70,6 +70,16 @@ class ReplicaPlan:
         """The actions of all hosts."""
         return tuple(action for host in self.hosts for action in host.actions)
 
+    @property
+    def differs(self) -> bool:
+        """Whether anything is to be done, or was changed by hand, on one of the hosts."""
+        return any(host.actions or host.drift for host in self.hosts)
+
+    @property
+    def calm(self) -> bool:
+        """Whether no run is under way, and the last one ended well."""
+        return not self.lock and (self.last_run or {}).get("exit_code", 0) == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -114,8 +124,16 @@ class Plan:
     @property
     def converged(self) -> bool:
         """Whether a deploy may stop at this: nothing to do, no run under way, and the last one ended well."""
-        calm = not any(replica.lock or (replica.last_run or {}).get("exit_code", 0) != 0 for replica in self.replicas)
-        return self.nothing_to_do and calm
+        return self.nothing_to_do and all(replica.calm for replica in self.replicas)
+
+    @property
+    def selectable(self) -> bool:
+        """Whether running only the roles that have something to do is enough: every host's last deploy is on record
+        and the last run ended well.
+        """
+        return not (self.unreachable or self.errors) and all(
+            replica.calm and all(host.recorded for host in replica.hosts) for replica in self.replicas
+        )
 
     @property
     def exit_code(self) -> int:

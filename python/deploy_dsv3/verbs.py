@@ -73,6 +73,14 @@ class Target:
         return observation.connections(self.inventory, self.deployment.hosts, _passwords(options))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What of a playbook is run: tags and hosts, as Ansible's options take them."""
+
+    tags: str
+    limit: str
+
+
 def load(options: Options, *, whole_replicas: bool) -> Target:
     """Read inventory and settings and check them as a whole; nothing is connected to.
 
@@ -133,7 +141,8 @@ def check(loaded: Inventory) -> tuple[Deployment, Settings]:
 def deploy(options: Options, *, full: bool = False, planned: Path | None = None) -> Result:
     """Take the hosts of an inventory to a served and verified model.
 
-    Where the plan finds nothing to do, the hosts and the endpoint are verified and no role is walked.
+    Where the plan finds nothing to do, the hosts and the endpoint are verified and no role is walked; where it finds
+    something, only those roles are, on the replicas that differ.
 
     Args:
         options: the command line.
@@ -151,14 +160,25 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
         plan_file.check(made, planned)
     elif made:
         _agree(options, made)
-    partial = bool(options.check or options.tags or options.skip_tags)
+    whole = full or bool(options.check or options.tags or options.skip_tags)
     return _play(
         "deploy",
         options,
         target,
         plan=made,
-        converged=bool(made and made.converged) and not full and not partial,
+        converged=bool(made and made.converged) and not whole,
+        selected=_selection(made) if made and made.selectable and not whole else None,
         verify_after=_stage_is_wanted("verify", options) and not options.check,
+    )
+
+
+def _selection(made: Plan) -> Selection:
+    """The roles and hosts that differ; the playbooks' tags know which roles have to follow a role."""
+    roles = dict.fromkeys(action.role for action in made.actions)
+    return Selection(
+        # What no role makes is only recorded; that part of the playbook always runs.
+        tags=",".join(f"role_{role}" for role in roles) or "role_none",
+        limit=",".join(host.host for replica in made.replicas if replica.differs for host in replica.hosts),
     )
 
 
@@ -381,6 +401,7 @@ def _play(
     *,
     plan: Plan | None = None,
     converged: bool = False,
+    selected: Selection | None = None,
     extra_vars: Mapping[str, Any] | None = None,
     verify_after: bool = False,
 ) -> Result:
@@ -391,14 +412,15 @@ def _play(
     started = time.time()
     log = runner.RunLog(verb, target.secrets)
     mine = lock.holder(log.id, verb)
+    ours = {"dsv3_run": mine.as_dict(), **({"dsv3_selected": True} if selected else {})}
     job = runner.Job(
         playbook=content.playbook(verb),
         inventories=options.inventories,
         hosts=len(target.hosts),
-        extra_vars={**target.settings.extra_vars, **(extra_vars or {}), "dsv3_run": mine.as_dict()},
+        extra_vars={**target.settings.extra_vars, **(extra_vars or {}), **ours},
         user_extra_vars=options.extra_vars,
-        limit=options.limit,
-        tags=options.tags,
+        limit=selected.limit if selected else options.limit,
+        tags=selected.tags if selected else options.tags,
         skip_tags=options.skip_tags,
         check=options.check,
         diff=options.diff,

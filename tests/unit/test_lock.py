@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from deploy_dsv3 import content, lock
-from deploy_dsv3.events import Failure, HostFailed, HostOk, Outcome
+from deploy_dsv3.events import Failure, HostChanged, HostFailed, HostOk, Outcome
 from deploy_dsv3.observation import Observation
 
 module = modules.load("dsv3_lock")
@@ -115,14 +115,22 @@ class TestModule:
 
     def test_history_is_added_and_read(self, head: Head) -> None:
         head("take", holder=ALICE)
-        head("release", holder=ALICE, entry={"run": "r1"})
+        head("release", holder=ALICE, entry={"run": "r1"}, keep=True)
         head("release", holder=BOB, entry={"run": "r2"})
         with (head.root / "var/lib/deploy-dsv3/history.jsonl").open("a") as file:
             file.write('{"run": "cut o')
         assert [run["run"] for run in head("read")["runs"]] == ["r1", "r2"]
 
+    def test_a_bare_host_keeps_no_trace_of_a_run_that_changed_nothing(self, head: Head) -> None:
+        head("take", holder=ALICE)
+        head("release", holder=ALICE, entry={"run": "r1"})
+        assert not (head.root / "var/lib/deploy-dsv3").exists()
+        (head.root / "etc/deploy-dsv3").mkdir(parents=True)
+        head("release", holder=ALICE, entry={"run": "r2"})
+        assert [run["run"] for run in head("read")["runs"]] == ["r2"]
+
     def test_the_history_may_go_with_the_deployment(self, head: Head) -> None:
-        head("release", holder=ALICE, entry={"run": "r0"})
+        head("release", holder=ALICE, entry={"run": "r0"}, keep=True)
         head("take", holder=ALICE)
         head("release", holder=ALICE, entry={"run": "r1"}, forget=True)
         assert not (head.root / "var/lib/deploy-dsv3").exists()
@@ -215,12 +223,14 @@ class Heads:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, tuple[str, ...], Any]] = []
+        self.kept: list[Any] = []
         self.lost: set[str] = set()
         self.away: set[str] = set()
         self.beaten = threading.Event()
 
     def ask(self, connections: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Observation]:
         self.asked.append((request["do"], tuple(connections), request.get("entry")))
+        self.kept.append(request.get("keep"))
         if request["do"] == "refresh":
             self.beaten.set()
         return {
@@ -266,6 +276,14 @@ class TestKeeper:
             keeper.entry = {"run": "r"}
         assert heads.asked == [("release", ("a", "b"), {"run": "r"})]
         assert keeper.problems == []
+
+    @pytest.mark.parametrize("changed", [True, False])
+    def test_it_says_whether_the_run_changed_anything(self, heads: Heads, changed: bool) -> None:
+        with lock.Keeper(lock.holder("r", "deploy"), {"a": {}}) as keeper:
+            keeper.watch(taken("a"))
+            record = HostChanged if changed else HostOk
+            keeper.watch(record(time=0, stage="host", host="a", task="Install"))
+        assert heads.kept[-1] is changed
 
     def test_it_is_given_back_when_the_run_breaks_off(self, heads: Heads) -> None:
         with pytest.raises(KeyboardInterrupt), lock.Keeper(lock.holder("r", "deploy"), {"a": {}}) as keeper:

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from converged_hosts import HEAD, SETTINGS, WORKER, Documents, bare, converged, inputs, nobody
 
-from deploy_dsv3 import lock, probing, runner, verbs, verification
+from deploy_dsv3 import content, lock, probing, runner, verbs, verification, wanted
 from deploy_dsv3.errors import Interrupted, PreflightError, UnreachableError, UsageError
 from deploy_dsv3.events import Failure, HostOk, Outcome
 from deploy_dsv3.observation import Observation
@@ -122,6 +123,49 @@ class TestNothingToDo:
         monkeypatch.setattr(probing, "probe", nobody)
         deploy(inventory)
         assert len(stage.jobs) == 1
+
+
+class TestSelection:
+    def test_only_the_roles_that_differ_are_run(self, stage: Stage, inventory: Path) -> None:
+        stage.documents[HEAD]["state"]["units"]["dsv3-endpoint.service"]["active"] = "inactive"
+        stage.documents[WORKER]["docker"]["containers"][0]["config"]["restart_policy"] = "no"
+        deploy(inventory)
+        (job,) = stage.jobs
+        assert (job.tags, job.limit) == ("role_endpoint,role_engine", f"{HEAD},{WORKER}")
+        assert job.extra_vars["dsv3_selected"] is True
+
+    def test_what_no_role_makes_is_only_recorded(self, stage: Stage, inventory: Path) -> None:
+        stage.documents[HEAD]["state"]["sysctls"]["vm.swappiness"] = "1"
+        deploy(inventory)
+        assert stage.jobs[0].tags == "role_none"
+
+    def test_without_a_record_everywhere_all_is_run(self, stage: Stage, inventory: Path) -> None:
+        del stage.documents[WORKER]["deployment"]["manifest"]
+        deploy(inventory)
+        (job,) = stage.jobs
+        assert (job.tags, job.limit) == ("", "") and "dsv3_selected" not in job.extra_vars
+
+    @pytest.mark.parametrize("how", [{"full": True}, {"tags": "engine"}, {"skip_tags": "host"}])
+    def test_what_somebody_asks_for_is_run(self, stage: Stage, inventory: Path, how: dict[str, Any]) -> None:
+        stage.documents[HEAD]["state"]["sysctls"]["vm.swappiness"] = "1"
+        deploy(inventory, **how)
+        (job,) = stage.jobs
+        assert (job.tags, job.skip_tags) == (how.get("tags", ""), how.get("skip_tags", ""))
+        assert "dsv3_selected" not in job.extra_vars
+
+    def test_every_role_that_changes_hosts_can_be_selected(self) -> None:
+        tags: set[str] = set()
+        for path in content.playbooks().glob("*.yml"):
+            for play in yaml.safe_load(path.read_text()):
+                for role in play.get("roles", []):
+                    found = set(role.get("tags", []))
+                    assert role["role"] not in wanted.ROLES or f"role_{role['role']}" in found
+                    tags |= found
+        assert tags == {f"role_{role}" for role in wanted.ROLES}
+
+    def test_the_record_is_written_whatever_is_selected(self) -> None:
+        record = yaml.safe_load(content.playbook("record").read_text())[0]
+        assert record["tags"] == ["always"]
 
 
 class TestAgreement:

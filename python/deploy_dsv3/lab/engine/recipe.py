@@ -139,6 +139,8 @@ def _fetch(packages: Path, version: str, machine: str, *, ca_bundle: Path | None
                 "--require-hashes",
             ),
             *("--only-binary=:all:", f"--python-version={version}", "--implementation=cp", *platforms),
+            # `pip install` holds Requires-Python against the Python it runs in, not the one that is installed for.
+            "--ignore-requires-python",
             *("--target", str(packages), "--requirement", str(_LOCK)),
         ],
         environment=environment,
