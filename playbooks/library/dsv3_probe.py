@@ -96,6 +96,7 @@ NVSWITCH_CLASS = "0x0680"
 MANAGED_LABEL = "io.deploy-dsv3.managed"
 CONFIG = "etc/deploy-dsv3"
 KEPT = "var/lib/deploy-dsv3"
+ENDPOINT_STAMP = "run/dsv3-endpoint/loaded"
 LAST_RUNS = 5
 MODEL_CONFIG_LIMIT = 1 << 20
 # Besides CONFIG: files that roles write elsewhere, and drop-ins that change what our services do.
@@ -103,14 +104,15 @@ FILES = (
     "etc/apt/keyrings/deploy-dsv3-*",
     "etc/apt/sources.list.d/deploy-dsv3-*",
     "etc/yum.repos.d/deploy-dsv3-*",
-    "etc/systemd/system/dsv3-endpoint.service",
-    "etc/systemd/system/dsv3-endpoint.service.d/*",
+    "etc/systemd/system/dsv3-*.service",
+    "etc/systemd/system/dsv3-*.service.d/*",
     "etc/systemd/system/docker.service.d/*",
     "etc/cdi/*",
 )
 UNITS = (
     "docker.service",
     "dsv3-endpoint.service",
+    "dsv3-engine.service",
     "nvidia-persistenced.service",
     "nvidia-fabricmanager.service",
 )
@@ -831,8 +833,19 @@ def run(*command):
     return done.stdout.decode(errors="replace")
 
 
-def probe_units(ask=run):
-    """Return the services of a deployment that exist on this host: whether active and enabled."""
+def newer_than(path, folder):
+    """Return whether a file in a folder, or the target of a link there, was written after `path` was."""
+    if not os.path.exists(path):
+        return False
+    files = [os.path.join(folder, name) for name in entries(folder)]
+    return any(os.path.isfile(name) and os.stat(name).st_mtime > os.stat(path).st_mtime for name in files)
+
+
+def probe_units(root="/", ask=run):
+    """Return the services of a deployment that exist on this host: whether active and enabled.
+
+    The endpoint touches a file when it reads its configuration.
+    """
     units = {}
     shown = ask("systemctl", "show", "--property=Id,LoadState,ActiveState,UnitFileState", *UNITS)
     for block in shown.split("\n\n"):
@@ -841,6 +854,8 @@ def probe_units(ask=run):
             units[values["Id"]] = {
                 "active": values.get("ActiveState", ""),
                 "enabled": values.get("UnitFileState", ""),
+                "reload_due": values["Id"] == "dsv3-endpoint.service"
+                and newer_than(os.path.join(root, ENDPOINT_STAMP), os.path.join(root, CONFIG, "endpoint")),
             }
     return units
 
@@ -866,7 +881,7 @@ def probe_state(root):
     """Return the files, services, packages and kernel settings that a person could change by hand."""
     return {
         "files": probe_files(root),
-        "units": probe_units(),
+        "units": probe_units(root),
         "packages": probe_packages(probe_os(root)["family"]),
         "sysctls": probe_sysctls(root),
     }

@@ -362,6 +362,11 @@ def _endpoint(view: View) -> Iterator[Action]:
         yield view.action("endpoint", "created", "HAProxy", "the package is not installed")
     if not view.facts.deployment.endpoint:
         yield view.action("endpoint", "created", "configuration of the endpoint", "there is none")
+    state = view.facts.state
+    unit = state.units.get("dsv3-endpoint.service") if state else None
+    if unit and unit.reload_due:
+        why = "its files are newer than what it runs with"
+        yield view.action("endpoint", "restarted", "dsv3-endpoint.service", why)
     if not view.has_file(_ENDPOINT_UNIT):
         yield view.action("endpoint", "created", _ENDPOINT_UNIT, "there is no such service")
 

@@ -25,6 +25,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"file /etc/deploy-dsv3/release\.json", "file", "lmdeploy"),
     (r"file /etc/deploy-dsv3/image\.json", "file", "engine_image"),
     (r"file /etc/systemd/system/dsv3-endpoint\.service", "file", "endpoint"),
+    (r"file /etc/systemd/system/dsv3-engine\.service", "file", "engine"),
     (r"file /etc/systemd/system/.*", "file", ""),
     (r"file /etc/cdi/.*", "file", "nvidia_container_toolkit"),
     (r"file .*deploy-dsv3-nvidia-driver.*", "file", "nvidia_driver"),
@@ -33,6 +34,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"file .*", "file", ""),
     (r"daemon\.json.*", "daemon.json", "docker_engine"),
     (r"unit dsv3-endpoint\.service .*", "unit", "endpoint"),
+    (r"unit dsv3-engine\.service .*", "unit", "engine"),
     (r"unit docker\.service .*", "unit", "docker_engine"),
     (r"unit nvidia-fabricmanager\.service .*", "unit", "fabric_manager"),
     (r"unit nvidia-persistenced\.service .*", "unit", "nvidia_driver"),
@@ -47,6 +49,10 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"gpu .*", "gpu", ""),
     (r"hca .*|rdma devices", "rdma", ""),
 )
+
+
+# It runs once at boot, so whether it is active says only whether the host was booted since.
+_STARTED_AT_BOOT = frozenset({"dsv3-engine.service"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +83,14 @@ class Drift:
     def __str__(self) -> str:
         if not self.found:
             return f"{self.key} is gone"
+        # A hash stands for a value that may be a secret.
+        hidden = self.kind == "file" or ("sha256:" in (self.recorded[:7], self.found[:7]) and self.kind != "image")
         if not self.recorded:
-            return f"{self.key} is new" + ("" if self.kind == "file" else f": {self.found}")
+            return f"{self.key} is new" + ("" if hidden else f": {self.found}")
         if self.key.startswith("file "):
             return f"{self.key} has {_difference_of_files(self.recorded, self.found)}"
+        if hidden:
+            return f"{self.key} has another value"
         if self.recorded.startswith("[") and self.found.startswith("["):
             return f"{self.key} has {difference_of_lists(json.loads(self.recorded), json.loads(self.found))}"
         return f"{self.key} was {self.recorded}, is {self.found}"
@@ -148,7 +158,8 @@ def _state(facts: HostFacts, container: str) -> Iterator[tuple[str, Any]]:
         for path, file in facts.state.files.items():
             yield f"file {path}", _file(file)
         for name, unit in facts.state.units.items():
-            yield f"unit {name} active", unit.active
+            if name not in _STARTED_AT_BOOT:
+                yield f"unit {name} active", unit.active
             yield f"unit {name} enabled", unit.enabled
         for name, version in facts.state.packages.items():
             yield f"package {name}", version

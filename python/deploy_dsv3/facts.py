@@ -280,6 +280,7 @@ class UnitState(Section):
 
     active: str = Field("", description="`active`, `inactive`, `failed`, …")
     enabled: str = Field("", description="`enabled`, `disabled`, `masked`, …")
+    reload_due: bool = Field(False, description="Whether files of its configuration are newer than what it runs with")
 
 
 class State(Section):

@@ -36,7 +36,7 @@ ROLES: Mapping[str, str] = {
 }
 
 #: Tasks that change nothing, or belong to teardown.
-_ONLY_LOOKING = frozenset({"verify.yml", "preflight.yml", "absent.yml"})
+_ONLY_LOOKING = frozenset({"verify.yml", "health.yml", "preflight.yml", "absent.yml"})
 #: Settings that steer a run and leave no trace on a host, and those that one role hands to another.
 _NO_INPUT = re.compile(
     r".*_(no_log|secure_logging|allow_restart)"

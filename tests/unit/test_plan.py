@@ -287,6 +287,13 @@ class TestByHand:
         assert made.actions == () and [one.key for one in made.drift] == [f"container {field}"]
 
 
+def test_an_endpoint_that_runs_with_older_files_is_reloaded() -> None:
+    made = by_hand(HEAD, lambda facts: facts["state"]["units"]["dsv3-endpoint.service"].update(reload_due=True))
+    (action,) = made.actions
+    assert (action.role, action.kind, action.stops) == ("endpoint", "restarted", False)
+    assert made.drift == ()
+
+
 class TestWithoutRecord:
     def test_roles_are_walked(self) -> None:
         documents = converged()

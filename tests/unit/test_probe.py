@@ -685,16 +685,27 @@ def test_files_that_a_person_could_change(tmp_path: Path) -> None:
     assert token["mode"] == "0600" and f"sha256:{token['sha256']}" == probe.sha256("token")
 
 
-def test_units_that_exist() -> None:
+def test_units_that_exist(tmp_path: Path) -> None:
     shown = (
         "Id=docker.service\nLoadState=loaded\nActiveState=active\nUnitFileState=enabled\n\n"
         "Id=dsv3-endpoint.service\nLoadState=masked\nActiveState=inactive\nUnitFileState=masked\n\n"
         "Id=nvidia-fabricmanager.service\nLoadState=not-found\nActiveState=inactive\nUnitFileState=\n"
     )
-    assert probe.probe_units(lambda *_: shown) == {
-        "docker.service": {"active": "active", "enabled": "enabled"},
-        "dsv3-endpoint.service": {"active": "inactive", "enabled": "masked"},
+    assert probe.probe_units(str(tmp_path), lambda *_: shown) == {
+        "docker.service": {"active": "active", "enabled": "enabled", "reload_due": False},
+        "dsv3-endpoint.service": {"active": "inactive", "enabled": "masked", "reload_due": False},
     }
+
+
+@pytest.mark.parametrize(("written", "due"), [(9.0, False), (11.0, True)])
+def test_an_endpoint_that_runs_with_older_files(tmp_path: Path, written: float, due: bool) -> None:
+    write(tmp_path, {"run/dsv3-endpoint/loaded": "", "etc/deploy-dsv3/endpoint/haproxy.cfg": "", "etc/ssl/a.pem": ""})
+    (tmp_path / "etc/deploy-dsv3/endpoint/tls.crt").symlink_to(tmp_path / "etc/ssl/a.pem")
+    os.utime(tmp_path / "run/dsv3-endpoint/loaded", (10, 10))
+    os.utime(tmp_path / "etc/deploy-dsv3/endpoint/haproxy.cfg", (9, 9))
+    os.utime(tmp_path / "etc/ssl/a.pem", (written, written))
+    shown = "Id=dsv3-endpoint.service\nLoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"
+    assert probe.probe_units(str(tmp_path), lambda *_: shown)["dsv3-endpoint.service"]["reload_due"] is due
 
 
 @pytest.mark.parametrize(
