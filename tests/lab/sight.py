@@ -43,6 +43,18 @@ def changes(before: State, after: State) -> dict[str, tuple[str, str]]:
     }
 
 
+def traces(before: State, after: State) -> dict[str, tuple[str, str]]:
+    """`changes` without what packages bring that stay: dependencies, their files, what they listen to on loopback."""
+    return {
+        name: change
+        for name, change in changes(before, after).items()
+        if name.startswith(("containers: ", "images: "))
+        or (name.startswith("ports: ") and not name.startswith("ports: 127."))
+        or "dsv3" in name
+        or name == "packages: haproxy"
+    }
+
+
 def container(host: Host, name: str = CONTAINER) -> dict[str, Any]:
     """``docker inspect`` of a container on a host."""
     found: list[dict[str, Any]] = json.loads(host.run(["docker", "inspect", name]).stdout)

@@ -81,6 +81,20 @@ def test_tp_that_is_not_the_number_of_gpus(refused: Run) -> None:
     assert all("8" in message and "16" in message for message in told) and told
 
 
+def test_hosts_without_hcas_get_a_loud_warning(product: Product, lab: Lab) -> None:
+    for host in lab:
+        host.change_hardware({**host.description(), "hcas": []})
+    try:
+        told = product("--inventory", lab.inventory, "--tags", "preflight").out
+        run = product("--inventory", lab.inventory, "--tags", "preflight", "--json")
+    finally:
+        for host in lab:
+            host.change_hardware(host.description())
+    loud = [finding for finding in run.document["findings"] if finding["severity"] == "warning"]
+    assert {finding["host"] for finding in loud if finding["code"] == "rdma-none"} == {"gpu-01", "gpu-02"}
+    assert "WARNING" in told
+
+
 def test_a_missing_shard_names_host_and_file(product: Product, lab: Lab) -> None:
     """One shard is gone on the worker, another is cut short on the head."""
     head, worker = lab.hosts

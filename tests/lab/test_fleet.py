@@ -238,7 +238,9 @@ def test_two_images_of_one_name_are_refused(mixed: tuple[Run, str], fleet: Fleet
 def test_teardown_of_a_half_made_deployment(half_gone: Run, fleet: Fleet, prepared: dict[str, sight.State]) -> None:
     assert half_gone.document["failures"] == []
     for host in fleet.lab:
-        assert sight.changes(prepared[host.name], sight.state(host)) == {}, host.name
+        different = sight.changes(prepared[host.name], sight.state(host))
+        # What the run that prepared the host wrote down goes too.
+        assert {name for name in different if "/var/lib/deploy-dsv3" not in name} == set(), host.name
 
 
 # ---------------------------------------------------------------------- while it serves
@@ -259,8 +261,6 @@ def test_each_host_gets_the_devices_it_has(served: Run, fleet: Fleet) -> None:
     assert pair_head["NCCL_IB_HCA"].startswith("=mlx5_0:1")
     assert pair_worker["NCCL_IB_HCA"].startswith("=ibp25s0:1")
     assert "NCCL_IB_HCA" not in single and single["NCCL_IB_DISABLE"] == "1"
-    loud = [finding for finding in served.document["findings"] if finding["severity"] == "warning"]
-    assert [finding["host"] for finding in loud if finding["code"].startswith("rdma-none")] == ["gpu-03"]
 
 
 def test_the_image_came_from_the_archive(served: Run, fleet: Fleet) -> None:
@@ -338,6 +338,7 @@ def test_one_replica_is_torn_down_and_the_other_serves(
 ) -> None:
     before = [sight.started_at(host) for host in fleet.lab.hosts[:2]]
     product("destroy", *fleet.options, "--limit", "single", "--yes", what="destroy, one replica of two")
-    assert sight.changes(prepared["gpu-03"], sight.state(fleet.lab.hosts[2])) == {}
+    left = sight.traces(prepared["gpu-03"], sight.state(fleet.lab.hosts[2]))
+    assert {name for name in left if "/var/lib/deploy-dsv3" not in name} == set()
     assert [sight.started_at(host) for host in fleet.lab.hosts[:2]] == before
     assert sight.serves(fleet.endpoints["pair"], key=fleet.key)

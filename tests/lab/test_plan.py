@@ -41,16 +41,24 @@ BY_HAND = (
     ),
     (1, "apt-get remove --yes nvidia-container-toolkit", "package nvidia-container-toolkit"),
 )
+#: What undoes of it what no role does.
+UNDONE = (
+    "sed --in-place '/debug/d' /etc/docker/daemon.json",
+    "sysctl --quiet --write net.ipv4.ip_local_port_range='32768 60999'",
+    "rm -r /etc/systemd/system/docker.service.d",
+)
 STAGES = ("host", "image", "weights", "container", "ray", "engine", "first-token", "verify")
 
 
 @pytest.fixture(scope="module")
-def changed(product: Product, lab: Lab, deployed: Run) -> Run:
+def changed(product: Product, lab: Lab, deployed: Run) -> Iterator[Run]:
     """The plan after all of it was done by hand."""
     assert product("plan", "--inventory", lab.inventory, what="plan, nothing to do").out.endswith("nothing to do\n")
     for index, command, _ in BY_HAND:
         lab.hosts[index].run(["sh", "-euc", command])
-    return product("plan", "--inventory", lab.inventory, "--json", expect=10)
+    yield product("plan", "--inventory", lab.inventory, "--json", expect=10)
+    for command in UNDONE:
+        lab.hosts[1].run(["sh", "-euc", command])
 
 
 def test_all_that_was_changed_by_hand_is_found_and_nothing_else(changed: Run, lab: Lab) -> None:
