@@ -43,7 +43,7 @@ BY_HAND = (
 )
 #: What undoes of it what no role does.
 UNDONE = (
-    "sed --in-place '/debug/d' /etc/docker/daemon.json",
+    """sed --in-place -e 's/, "debug": true//' -e '/"debug"/d' /etc/docker/daemon.json""",
     "sysctl --quiet --write net.ipv4.ip_local_port_range='32768 60999'",
     "rm -r /etc/systemd/system/docker.service.d",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class _Daemon(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
     lines: list[dict]
     asked: list[str]
+    credentials: list[str]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -39,6 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked.append(self.path)
+        self.server.credentials.append(self.headers.get("X-Registry-Auth", ""))
         self.send_response(200)
         self.end_headers()
         for line in self.server.lines:
@@ -53,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[_Daemon]:
     server = _Daemon(str(tmp_path / "docker.sock"), _Handler)
-    server.asked = []
+    server.asked, server.credentials = [], []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -74,6 +77,18 @@ def test_pull_by_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str], daem
     assert result["progress"] == "2 of 2 layers unpacked, 1.0 of 1.0 GB downloaded"
     seen = pull(tmp_path, capsys, state="progress")
     assert (seen["finished"], seen["error"]) == (True, "")
+
+
+def test_credentials_go_in_a_header_that_the_daemon_can_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], daemon: _Daemon
+) -> None:
+    daemon.lines = GOOD
+    password = "p~~~???>>>"  # has + and / in the ordinary alphabet of base64
+    result = pull(tmp_path, capsys, name=f"registry.example.com/x@{DIGEST}", username="ops", password=password)
+    (header,) = daemon.credentials
+    assert json.loads(base64.urlsafe_b64decode(header)) == {"username": "ops", "password": password}
+    assert not set("+/") & set(header)
+    assert password not in json.dumps(result["progress"]) + (tmp_path / "p" / "pull.json").read_text()
 
 
 def test_a_failed_pull_says_why_in_both_places(
