@@ -26,6 +26,7 @@ ORDER = (
     "test_recovery",
     "test_drift",
     "test_destroy",
+    "test_registry",
     "test_fleet",
 )
 NAME = "e2e"

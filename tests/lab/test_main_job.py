@@ -22,11 +22,15 @@ HCAS = {
 }
 
 
-@pytest.fixture(scope="module")
-def again(product: Product, lab: Lab, deployed: Run) -> tuple[Run, list[tuple[str, str]]]:
-    """The second run, and the containers before it."""
+@pytest.fixture(scope="module", params=["", "--full"], ids=["what differs", "every task"])
+def again(
+    product: Product, lab: Lab, deployed: Run, request: pytest.FixtureRequest
+) -> tuple[Run, list[tuple[str, str]]]:
+    """A run after the first, and the containers before it."""
     before = [sight.started_at(host) for host in lab]
-    return product("--inventory", lab.inventory, "--json", what="second run"), before
+    option = request.param
+    run = product("--inventory", lab.inventory, *filter(None, [option]), "--json", what=f"second run {option}".strip())
+    return run, before
 
 
 def test_every_stage_was_passed(deployed: Run) -> None:
@@ -94,7 +98,7 @@ def test_the_same_image_by_digest_on_both(lab: Lab) -> None:
     assert "@sha256:" in found[0]["Config"]["Image"]
 
 
-def test_a_second_run_changes_nothing(again: tuple[Run, list[tuple[str, str]]], lab: Lab) -> None:
+def test_another_run_changes_nothing(again: tuple[Run, list[tuple[str, str]]], lab: Lab) -> None:
     run, before = again
     assert {host: stats["changed"] for host, stats in run.document["hosts"].items()} == {
         "gpu-01": 0,
