@@ -88,7 +88,8 @@ def test_a_wrong_password_is_told_before_anything_is_pulled(
     (failure,) = run.document["failures"]
     assert failure["stage"] == "image"
     assert registry in failure["message"]
-    assert "engine_image_registry_username" in failure["message"]
+    assert "unauthorized" in failure["message"]
+    assert "engine_image_registry_username" in failure["remedy"]
     assert "not-the-password" not in run.told
 
 
