@@ -22,6 +22,8 @@ from .topology import Replica
 # The engine's nodes talk to each other directly; a proxy in between breaks that (DESIGN, traps).
 _PROXY = re.compile(r"(https?|all|ftp|socks)_proxy", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: Where the engine keeps what it compiles; role engine mounts a folder of the host there.
+CACHE = "/var/cache/deploy-dsv3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +272,23 @@ def _environment(settings: Mapping[str, Any], head_address: str) -> dict[str, st
         "LMDEPLOY_DIST_MASTER_PORT": str(settings["lmdeploy_dist_port"]),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # A check in one more process, which imports everything once more, before every start.
+        "LMDEPLOY_ENABLE_CHECK_ENV": str(int(settings["lmdeploy_check_environment"])),
+        **_CACHE_ENVIRONMENT,
     }
+
+
+# Named one by one. Left alone, Triton's folder differs from start to start: at the first, TorchInductor moves it below
+# its own (CachingAutotuner.__init__, torch 2.11); at the second it loads its kernels from its cache, moves nothing,
+# and LMDeploy's kernels are all compiled again.
+_CACHE_ENVIRONMENT: Mapping[str, str] = {
+    "TRITON_CACHE_DIR": f"{CACHE}/triton",
+    "TRITON_CACHE_AUTOTUNING": "1",
+    "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/inductor",
+    "DG_JIT_CACHE_DIR": f"{CACHE}/deep_gemm",
+    "TILELANG_CACHE_DIR": f"{CACHE}/tilelang",
+    "CUDA_CACHE_PATH": f"{CACHE}/cuda",
+}
 
 
 def _check_tp(host: str, settings: Mapping[str, Any], expected: Expected) -> list[Finding]:

@@ -24,6 +24,7 @@ _TYPED: Mapping[str, str] = {
     "lmdeploy_max_batch_size": "max-batch-size",
     "lmdeploy_cache_max_entry_count": "cache-max-entry-count",
     "lmdeploy_max_prefill_token_num": "max-prefill-token-num",
+    "lmdeploy_capture_batch_sizes": "cudagraph-capture-batch-sizes",
     "lmdeploy_log_level": "log-level",
     "lmdeploy_eager_mode": "eager-mode",
     "lmdeploy_trust_remote_code": "trust-remote-code",
@@ -168,10 +169,8 @@ def serve_argv(settings: Mapping[str, Any], *, tp: int) -> list[str]:
     ]
     for setting, option in _TYPED.items():
         value = settings[setting]
-        if value is True:
-            argv.append(f"--{option}")
-        elif value not in (False, 0, ""):
-            argv += [f"--{option}", str(value)]
+        if value not in (0, "", []):
+            argv += _render(option, value)
     for key, value in settings["lmdeploy_options"].items():
         argv += _render(_dashed(key), value)
     return argv

@@ -527,6 +527,7 @@ RULES: tuple[Rule, ...] = (
         lambda value: "" if 0 < value < 1 else "is out of range",
         "a share between 0 and 1",
     ),
+    _check(r"lmdeploy_capture_batch_sizes", _positive, "batch sizes, more than zero", each=True),
     _pattern(r"nvidia_driver_branch", r"[0-9]{3}(\.[0-9]+)*", "a driver branch, e.g. 580"),
     _pattern(
         r"model_weights_name|lmdeploy_model_name",

@@ -2,10 +2,11 @@
 
 import hashlib
 
+import pytest
 from fleet import Fleet, Node
 
 from deploy_dsv3 import content
-from deploy_dsv3.derive import NodePlan
+from deploy_dsv3.derive import CACHE, NodePlan
 
 ENGINE = "/etc/deploy-dsv3/engine"
 STATE = "/var/lib/deploy-dsv3/state"
@@ -160,6 +161,18 @@ def test_mounts(engine: Node) -> None:
         elif (mount["Source"], mount["RW"]) != (path, writable):
             problems.append(f"{mount['Source']} is at {path}, {'writable' if mount['RW'] else 'read-only'}")
     assert not problems, "\n".join(problems)
+
+
+def test_cache(engine: Node) -> None:
+    """What the engine compiles is kept on the host, apart for each image."""
+    if not engine.settings["engine_cache_path"]:
+        pytest.skip("engine_cache_path is empty: it is kept in the container")
+    image = engine.container["Image"].removeprefix("sha256:")[:12]
+    wanted = f"{engine.settings['engine_cache_path']}/{image}-"
+    found = [mount for mount in engine.container["Mounts"] if mount["Destination"] == CACHE]
+    assert found, f"nothing is mounted at {CACHE}"
+    assert found[0]["Source"].startswith(wanted), f"{found[0]['Source']} is mounted at {CACHE}, not {wanted}…"
+    assert found[0]["RW"], f"{found[0]['Source']} is read-only"
 
 
 def test_restart(engine: Node) -> None:

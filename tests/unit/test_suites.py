@@ -284,7 +284,10 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
         lambda d: d.inspect(WORKER)["State"]["Health"].update(Status="unhealthy"),
         of(WORKER, "container.healthy"),
     ),
-    "another image": (other_image, of(WORKER, "container.image") | both("container.same_image")),
+    "another image": (
+        other_image,
+        of(WORKER, "container.image", "container.cache") | both("container.same_image"),
+    ),
     "image of another digest": (
         lambda d: d.hosts[HEAD]["container"]["image"].update(RepoDigests=["x@sha256:0"]),
         of(HEAD, "container.image"),
@@ -366,6 +369,10 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
     "model elsewhere": (
         lambda d: d.set(model_weights_path="/data/other"),
         both("container.mounts") | of(HEAD, "container.serve_file"),
+    ),
+    "what it compiles is lost with it": (
+        lambda d: d.inspect(WORKER)["Mounts"].pop(),
+        of(WORKER, "container.cache"),
     ),
     "no restart": (
         lambda d: d.inspect(WORKER)["HostConfig"].update(RestartPolicy={"Name": "no"}),
