@@ -16,6 +16,9 @@ from typing import Any
 
 RECORDED = Path(__file__).parent / "recorded"
 
+#: The model's name in a recording.
+MODEL = "dsv3"
+
 _MADE_UP = {"id", "created", "content", "text", "output_ids"}
 _HEADERS = ("server", "content-type", "vary", "allow")
 
@@ -45,24 +48,26 @@ def load(version: str = "0.18.0") -> tuple[dict[str, Any], list[Exchange]]:
     return recording, exchanges
 
 
-def send(base_url: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Send a recorded request; returns a response in the recording's form."""
+def send(base_url: str, request: dict[str, Any], *, model: str = MODEL) -> dict[str, Any]:
+    """Send a recorded request to a server that serves `model`; returns a response in the recording's form."""
     headers = dict(request.get("headers", {}))
     body = None
     if "json" in request:
         payload = dict(request["json"])
+        if payload.get("model") == MODEL:
+            payload["model"] = model
         if isinstance(payload.get("prompt"), dict):  # written short: a prompt beyond the context's length
             payload["prompt"] = payload["prompt"]["repeat"] * payload["prompt"]["times"]
         body = json.dumps(payload).encode()
         headers["Content-Type"] = "application/json"
     elif "text" in request:
-        body = request["text"].encode()
+        body = request["text"].replace(f'"{MODEL}"', f'"{model}"').encode()
     message = urllib.request.Request(base_url + request["path"], body, headers, method=request["method"])
     try:
         with urllib.request.urlopen(message, timeout=60) as answer:
-            return _response(answer.status, answer.headers, answer.read().decode())
+            return _response(answer.status, answer.headers, answer.read().decode().replace(model, MODEL))
     except urllib.error.HTTPError as answer:
-        return _response(answer.code, answer.headers, answer.read().decode())
+        return _response(answer.code, answer.headers, answer.read().decode().replace(model, MODEL))
 
 
 def form(value: Any, key: str = "") -> Any:

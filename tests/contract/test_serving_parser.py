@@ -73,13 +73,14 @@ def test_a_wrong_command_is_refused_by_both(options: list[str], complaint: str) 
 OWN_SETTINGS = [
     {},
     {"lmdeploy_session_len": 32768, "lmdeploy_max_batch_size": 128, "lmdeploy_eager_mode": True},
+    {"lmdeploy_capture_batch_sizes": [1, 8, 64]},
     {"lmdeploy_model_name": "dsv3", "endpoint_mode": "direct", "endpoint_api_keys": ["canary-key"]},
     {
         "lmdeploy_options": {
             "enable-prefix-caching": True,
             "disable_metrics": False,
             "reasoning-parser": "deepseek-v3",
-            "cudagraph-capture-batch-sizes": [1, 8, 64],
+            "allow-origins": ["https://a.example", "https://b.example"],
             "hf-overrides": {"rope_theta": 10000},
             "speculative-algorithm": "deepseek_mtp",
         }
@@ -87,7 +88,7 @@ OWN_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("own", OWN_SETTINGS, ids=["defaults", "typed", "direct", "passed-through"])
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=["defaults", "typed", "list", "direct", "passed-through"])
 def test_the_real_parser_accepts_what_the_product_renders(own: dict[str, Any]) -> None:
     settings = {**role_defaults(), **own}
     assert not serving.option_problems(settings["lmdeploy_options"])
