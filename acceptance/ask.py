@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ask a served model for a completion until it answers; print how long that took and what it said, as JSON.
 
-    ask.py URL MODEL [TIMEOUT_S]
+    ask.py URL MODEL [TIMEOUT_S [KEY]]
 
 The prompt and temperature 0 are always the same: two runs of one engine must give the same tokens.
 """
@@ -20,11 +20,12 @@ PROMPT = "The quick brown fox jumps over the lazy dog."
 def main() -> int:
     url, model = sys.argv[1], sys.argv[2]
     timeout = float(sys.argv[3]) if len(sys.argv) > 3 else 300.0
+    key = sys.argv[4] if len(sys.argv) > 4 else ""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"{url}/v1/completions",
         data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
     )
     start = time.monotonic()
     problem = "no answer"

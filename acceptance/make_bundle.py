@@ -153,7 +153,7 @@ def collect_control(tree: Path, options: argparse.Namespace) -> dict[str, str]:
     # The collections come from the `ansible` that is installed here, so its core has to fit them.
     core = f"ansible-core=={importlib.metadata.version('ansible-core')}"
     wanted = _resolve(
-        [*project["dependencies"], core],
+        [*project["dependencies"], *CONTENTS["python"]["tools"], core],
         [*_pins(present), *_pins(_without(engine, set(present)))],
     )
     versions = _without(wanted, {*present, *engine, *CONTENTS["python"]["left_out"]["packages"]})

@@ -17,11 +17,14 @@ inventory=$repository/inventory/gpu-acceptance.ini
 image=deploy-dsv3/engine:acceptance
 model=/data/models/dsv3-small
 container=lmdeploy
+by_hand=lmdeploy-by-hand
+by_hand_port=23533
 # In this order; those before `deploy` are done once.
 prepare=(host docker gpus model engine control image settings)
-prove=(deploy again answer benchmark restart status)
+prove=(deploy again answer restart by_hand record throughput recreate benchmark status)
 # The longest that each may take [s]; one that would be cut off by the deadline is left out, and said so.
-declare -A longest=([deploy]=300 [again]=60 [answer]=15 [benchmark]=90 [restart]=140 [status]=15)
+declare -A longest=([deploy]=300 [again]=60 [answer]=15 [restart]=140 [by_hand]=110 [record]=30 [throughput]=85
+  [recreate]=140 [benchmark]=60 [status]=15)
 
 bundle=$repository/.bundle
 output=${OUT:-$repository/acceptance-results}
@@ -46,10 +49,15 @@ done
 # Outside OUTPUT, which then holds few files, whatever carries it back.
 details=$state/details
 export PYTHONUNBUFFERED=1 ANSIBLE_FORCE_COLOR=0
+# What is imported here is imported again in the container, four times a start: worth compiling once.
+unset PYTHONDONTWRITEBYTECODE
 
 # deploy-dsv3 of this checkout and Ansible from the bundle, on the Python that holds PyTorch.
-control() {
-  env PATH="$state/control/bin:$PATH" PYTHONPATH="$repository/python:$state/control:$engine" XDG_STATE_HOME="$details/state" "$@"
+control() { (become_control "$@"); }
+# In place of this shell, so that a signal reaches it.
+become_control() {
+  exec env PATH="$state/control/bin:$PATH" PYTHONPATH="$repository/python:$state/control:$engine" \
+    XDG_STATE_HOME="$details/state" "$@"
 }
 deploy() { control deploy-dsv3 --inventory "$inventory" --extra-vars "@$state/settings.json" --yes "$@"; }
 verb() {
@@ -116,15 +124,15 @@ phase_model() {
 phase_engine() {
   rm -rf "$engine"
   python3 "$here/unpack.py" "$bundle" engine "$engine"
-  say "compiling bytecode of the engine's packages and of the largest that they import"
+  say "compiling bytecode of the engine's packages, and of all that they import"
   python3 -m compileall -q -j 0 "$engine" >/dev/null || true # templates among them are no Python
-  # Three processes import these one after the other at every start: worth compiling once, where it can be written.
+  # The largest at once on all cores; what is left is compiled by being imported.
   python3 -c 'import importlib.util as u, os
-for name in ("torch", "transformers", "triton", "numpy", "tokenizers", "accelerate"):
+for name in ("torch", "transformers", "triton", "sympy", "scipy", "sklearn", "pandas", "torchvision"):
     spec = u.find_spec(name)
     if spec and spec.origin and os.access(os.path.dirname(spec.origin), os.W_OK):
         print(os.path.dirname(spec.origin))' | xargs --no-run-if-empty python3 -m compileall -q -j 0 >/dev/null || true
-  PYTHONPATH=$engine python3 -c 'from importlib.metadata import version as v; print("ray", v("ray"), "lmdeploy", v("lmdeploy"))'
+  PYTHONPATH=$engine python3 "$here/import_engine.py" "$details/imports.json"
 }
 
 phase_control() {
@@ -154,7 +162,40 @@ phase_settings() {
   printf '{"node_network_address": "%s", "engine_ulimits": %s}\n' "$address" "$limits" | tee "$state/settings.json"
 }
 
-phase_deploy() { deploy; }
+phase_deploy() {
+  start_profile first
+  local result=0
+  deploy || result=$?
+  keep_start first
+  end_profile first "$container"
+  return "$result"
+}
+
+# py-spy on every process of a start, from outside: what it costs is a few per cent of another core.
+start_profile() {
+  mkdir -p "$details/profile-$1"
+  (become_control python3 "$here/profile_start.py" record "$details/profile-$1" >"$details/profile-$1.log" 2>&1) &
+  profiler=$!
+}
+
+end_profile() {
+  kill "$profiler" 2>/dev/null || true
+  wait "$profiler" || true
+  docker logs "$2" >"$details/profile-$1/engine.log" 2>&1 || true
+  python3 "$here/profile_start.py" report "$details/profile-$1" --log "$details/profile-$1/engine.log" || true
+  # The traces themselves are large, and compress well.
+  gzip --quiet --force "$details/profile-$1"/*-*.json || true
+}
+
+# What the launcher says of the start that just ended; it needs a moment to have its own first token.
+keep_start() {
+  local status=/var/lib/deploy-dsv3/state/status.json
+  for _ in $(seq 20); do
+    grep -q '"phase": "serving"' "$status" 2>/dev/null && break
+    sleep 0.5
+  done
+  cp -f "$status" "$details/start-$1.json" 2>/dev/null || true
+}
 
 # The promise of every deployment: a second run changes nothing.
 phase_again() {
@@ -179,10 +220,51 @@ phase_benchmark() {
   verb benchmark --profile smoke --tokenizer "$model" --any-batch-size --output "$details/benchmark"
 }
 
+# The caches of the first start are on the host.
 phase_restart() {
   docker restart --time 60 "$container"
   python3 "$here/ask.py" "http://$(endpoint):23333" dsv3-small 300 | tee "$details/answer-restart.json"
+  keep_start restart
+  du -sh /var/cache/deploy-dsv3/*/* | tee "$details/caches.txt" || true
   same_answer first restart
+}
+
+# The same server without deploy-dsv3 around it, to measure and record against; its start is looked at closely.
+phase_by_hand() {
+  start_profile by-hand
+  local result=0
+  python3 "$here/by_hand.py" start "$container" "$by_hand" "$by_hand_port" sk-sample
+  python3 "$here/ask.py" "http://$(endpoint):$by_hand_port" dsv3-small 105 sk-sample | tee "$details/answer-by-hand.json" ||
+    result=$?
+  end_profile by-hand "$by_hand"
+  ((result == 0)) || docker logs --tail 60 "$by_hand"
+  return "$result"
+}
+
+# The answers that the lab's stand-in is held to; they replace those in tests/contract/recorded.
+phase_record() {
+  local version source
+  version=$(control python3 -c 'from importlib.metadata import version; print(version("lmdeploy"))')
+  source=$(control python3 "$here/summarise.py" --source "$details")
+  python3 "$repository/tests/contract/record.py" --url "http://$(endpoint):23333" \
+    --keyed-url "http://$(endpoint):$by_hand_port" --model dsv3-small --output "$output" \
+    --lmdeploy "$version" --source "$source"
+}
+
+phase_throughput() {
+  control python3 "$here/throughput.py" "$details" "http://$(endpoint):23333" "http://$(endpoint):$by_hand_port" \
+    --key sk-sample --until 70
+}
+
+# A new container on the same host finds the caches of the old one.
+phase_recreate() {
+  python3 "$here/by_hand.py" stop "$by_hand" || true
+  docker logs --timestamps "$container" >"$details/engine-first.log" 2>&1
+  docker rm --force "$container" >/dev/null
+  deploy
+  keep_start recreate
+  python3 "$here/ask.py" "http://$(endpoint):23333" dsv3-small 60 | tee "$details/answer-recreate.json"
+  same_answer first recreate
 }
 
 phase_status() { verb status --json | tee "$details/deploy-status.json"; }
@@ -198,6 +280,8 @@ PY
 }
 
 collect() {
+  docker logs --timestamps "$by_hand" >"$details/engine-by-hand.log" 2>&1 || true
+  python3 "$here/by_hand.py" stop "$by_hand" >/dev/null 2>&1 || true
   docker logs --timestamps "$container" >"$details/engine.log" 2>&1 || true
   docker inspect "$container" >"$details/container.json" 2>/dev/null || true
   docker exec "$container" ray status >"$details/ray-status.txt" 2>&1 || true
@@ -206,7 +290,7 @@ collect() {
     2>/dev/null || true
   nvidia-smi -q >"$details/nvidia-smi.txt" 2>&1 || true
   control python3 "$here/summarise.py" "$details" || say "no summary (is the control part of the bundle there?)"
-  cp -f "$details"/summary.* "$output/" 2>/dev/null || true
+  cp -f "$details"/summary.* "$details"/throughput.* "$output/" 2>/dev/null || true
   keep_details
 }
 

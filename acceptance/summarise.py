@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Turn what an acceptance run left into summary.json and summary.md.
 
-    summarise.py OUTPUT     reads phases.tsv, host.json, engine.log, status.json, … there
+    summarise.py OUTPUT             reads phases.tsv, host.json, engine.log, start-*.json, … there
+    summarise.py --source OUTPUT    one line: what a recording of this machine's server is a recording of
 
 Where a file is missing (a phase failed or was left out) its part of the summary is missing too.
 """
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from deploy_dsv3 import capacity, signatures
 
 # Lines of LMDeploy 0.18's log at level INFO, in order; each ends the step before it.
 MILESTONES = {
-    "server process": "input backend=",
+    "imports of the server": "input backend=",
     "imports of the engine process": "Init ray cluster.",
     "joining Ray": "Init ray workers.",
-    "Ray worker: start and imports": "Init distributed environment by device.",
-    "process group": "Building Model.",
+    "asking for the ranks": "Init distributed environment by device.",
+    "ranks: imports and process group": "Building Model.",
     "model and weights": "Updating configs.",
     "cache plan": "Building GraphRunner",
     "graph runner": "Building CacheEngine with config",
@@ -34,29 +35,42 @@ MILESTONES = {
     "warm-up and graph capture": "Engine warmup completed in",
 }
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) - lmdeploy")
+# Docker's own time before a line of the launcher, in UTC to the nanosecond.
+_STARTING = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})\d*Z .*launcher\| loading: api_server starts")
 _BLOCKS = re.compile(r"num_gpu_blocks=(\d+)")
 _BLOCK_SIZE = re.compile(r"\bblock_size=(\d+)")
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[-1])
     host = _json(folder / "host.json")
-    log = folder / "engine.log"
-    engine = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    if sys.argv[1] == "--source":
+        print(source(host))
+        return 0
+    engine = _lines(folder / "engine.log")
     cause = signatures.first_cause(engine)
     summary = {
         "host": host,
         "phases": phases(folder / "phases.tsv"),
-        "launcher": _json(folder / "status.json").get("phases", []),
-        "engine_start": start_breakdown(engine),
+        "launcher": {
+            one.stem.removeprefix("start-"): _json(one).get("phases", []) for one in sorted(folder.glob("start-*.json"))
+        },
+        "engine_starts": [*start_breakdowns(_lines(folder / "engine-first.log")), *start_breakdowns(engine)],
+        "profiles": {
+            path.parent.name.removeprefix("profile-"): json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("profile-*/start.json"))
+        },
+        "imports": _json(folder / "imports.json"),
+        "throughput": _json(folder / "throughput.json"),
         "cache": cache(engine, host, _json(folder / "serve.json").get("argv", [])),
         "answers": {path.stem: _json(path) for path in sorted(folder.glob("answer-*.json"))},
         "benchmark": benchmark(folder / "benchmark"),
         "first_known_line": cause.as_dict() if cause else None,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (folder / "summary.md").write_text(markdown(summary), encoding="utf-8")
-    print(markdown(summary))
+    text = "\n".join([markdown(summary), *_lines(folder / "throughput.md"), ""])
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 
@@ -68,23 +82,44 @@ def phases(file: Path) -> list[dict[str, Any]]:
     return [{"name": name, "seconds": float(seconds), "result": result} for name, seconds, result in rows]
 
 
-def start_breakdown(log: Iterable[str]) -> list[dict[str, Any]]:
-    """Seconds of each step of the engine's first start, from the times in its log."""
-    steps: list[dict[str, Any]] = []
+def source(host: Mapping[str, Any]) -> str:
+    """What a recording was made of, in the words of `tests/contract/recorded`."""
+    gpus = [gpu["name"] for gpu in host.get("gpus", [])]
+    versions = ", ".join(f"{name} {version}" for name, version in host.get("versions", {}).items())
+    return (
+        f"LMDeploy's PyTorch engine on {len(gpus)} x {gpus[0] if gpus else '?'}, Ray; {versions}; the random-weight "
+        f"model of acceptance/make_model.py; keyed_* with --api-keys sk-sample; recorded {host.get('date', '')}; "
+        "request and response of each exchange, and the metrics without their values"
+    )
+
+
+def start_breakdowns(log: Iterable[str]) -> list[list[dict[str, Any]]]:
+    """Seconds of each step of every start of the engine, from the times in its log."""
+    starts: list[list[dict[str, Any]]] = []
     waiting = list(MILESTONES.items())
     last: datetime | None = None
+    begun: datetime | None = None
     for line in log:
-        stamp = _TIME.search(line)
-        if not stamp:
+        if starting := _STARTING.match(line):
+            starts.append([])
+            waiting, begun = list(MILESTONES.items()), datetime.fromisoformat(starting[1])
             continue
-        now = datetime.strptime(stamp.group(1), "%Y-%m-%d %H:%M:%S,%f")
-        last = last or now
+        stamp = _TIME.search(line)
+        if not stamp or not starts:
+            continue
+        now = datetime.strptime(stamp[1], "%Y-%m-%d %H:%M:%S,%f")
+        if begun is not None:
+            # LMDeploy writes local time: a whole number of quarter hours from UTC.
+            last = begun + timedelta(minutes=15 * round((now - begun) / timedelta(minutes=15)))
+            begun = None
+        if last is None:
+            continue
         reached = next((index for index, (_, text) in enumerate(waiting) if text in line), None)
         if reached is None:
             continue
-        steps.append({"step": waiting[reached][0], "seconds": round((now - last).total_seconds(), 1)})
+        starts[-1].append({"step": waiting[reached][0], "seconds": round((now - last).total_seconds(), 1)})
         last, waiting = now, waiting[reached + 1 :]
-    return steps
+    return starts
 
 
 def cache(log: Iterable[str], host: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
@@ -137,8 +172,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in host.get("versions", {}).items())
     lines = ["# Acceptance run", "", f"{host.get('date', '')}: {gpus}; {versions}", ""]
     lines += _table("phase", [(row["name"], row["seconds"], row["result"]) for row in summary["phases"]])
-    lines += _table("start of the engine", [(row["step"], row["seconds"], "") for row in summary["engine_start"]])
-    lines += _table("launcher", [(row["name"], row["seconds"], "") for row in summary["launcher"]])
+    lines += _columns(
+        "start, as the launcher tells it [s]",
+        {name: {row["name"]: row["seconds"] for row in rows} for name, rows in summary["launcher"].items()},
+    )
+    lines += _columns(
+        "start, as the engine's log tells it [s]",
+        {str(n): {row["step"]: row["seconds"] for row in rows} for n, rows in enumerate(summary["engine_starts"], 1)},
+    )
     if found := summary["cache"]:
         lines += [
             f"Cache: {found['reported_blocks']} blocks of {found['block_size']} tokens, predicted "
@@ -155,6 +196,25 @@ def _table(title: str, rows: list[tuple[str, float, str]]) -> list[str]:
     if not rows:
         return []
     return [f"| {title} | seconds | |", "| --- | --- | --- |", *(f"| {a} | {b} | {c} |" for a, b, c in rows), ""]
+
+
+def _columns(title: str, columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A column a start, a row a step, and the sum of each."""
+    if not columns:
+        return []
+    steps = list(dict.fromkeys(step for column in columns.values() for step in column))
+    rows = [(step, [column.get(step, "") for column in columns.values()]) for step in steps]
+    rows.append(("**all**", [round(sum(column.values()), 1) for column in columns.values()]))
+    return [
+        f"| {' | '.join([title, *columns])} |",
+        f"| --- |{' ---: |' * len(columns)}",
+        *(f"| {' | '.join([step, *map(str, values)])} |" for step, values in rows),
+        "",
+    ]
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="replace").splitlines() if file.is_file() else []
 
 
 def _json(file: Path) -> dict[str, Any]:

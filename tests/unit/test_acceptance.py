@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -159,7 +161,8 @@ def test_an_address_is_printed_that_others_could_reach() -> None:
 
 
 ENGINE_LOG = """\
-2026-11-24T06:44:37Z ray| started
+2026-11-24T06:44:20.100200300Z 2026-11-24T06:44:20Z ray| started
+2026-11-24T06:44:21.500000000Z 2026-11-24T06:44:21Z launcher| loading: api_server starts
 2026-11-24 06:44:40,000 - lmdeploy - INFO - async_engine.py:133 - input backend=pytorch, backend_config=x
 2026-11-24 06:45:10,500 - lmdeploy - INFO - ray_executor.py:277 - Init ray cluster.
 2026-11-24 06:45:11,000 - lmdeploy - INFO - ray_executor.py:308 - Init ray workers.
@@ -169,23 +172,26 @@ ENGINE_LOG = """\
 CacheConfig(max_batches=64, block_size=32, num_cpu_blocks=0, num_gpu_blocks=303061, kernel_block_size=32).
 2026-11-24 06:45:37,000 - lmdeploy - INFO - base.py:446 - Warming up model.
 2026-11-24 06:46:32,000 - lmdeploy - INFO - agent.py:557 - Engine warmup completed in 55.00 seconds.
-2026-11-24 06:50:00,000 - lmdeploy - INFO - base.py:430 - Building Model.
+2026-11-24T06:50:00.000000000Z 2026-11-24T06:50:00Z launcher| loading: api_server starts
+2026-11-24 12:20:30,000 - lmdeploy - INFO - base.py:430 - Building Model.
 """
 
 
-def test_the_start_of_the_engine_is_broken_down(script: Callable[[str], ModuleType]) -> None:
-    """A later start in the same log is not mixed in, and a step that the log does not tell is left out."""
-    steps = script("summarise").start_breakdown(ENGINE_LOG.splitlines())
-    assert [(step["step"], step["seconds"]) for step in steps] == [
-        ("server process", 0.0),
+def test_every_start_of_the_engine_is_broken_down(script: Callable[[str], ModuleType]) -> None:
+    """From the launcher's word that it starts, which is in UTC; a step that the log does not tell is left out."""
+    starts = script("summarise").start_breakdowns(ENGINE_LOG.splitlines())
+    assert [(step["step"], step["seconds"]) for step in starts[0]] == [
+        ("imports of the server", 18.5),
         ("imports of the engine process", 30.5),
         ("joining Ray", 0.5),
-        ("process group", 20.0),
+        ("ranks: imports and process group", 20.0),
         ("model and weights", 4.0),
         ("graph runner", 1.2),
         ("cache", 0.8),
         ("warm-up and graph capture", 55.0),
     ]
+    assert [(step["step"], step["seconds"]) for step in starts[1]] == [("ranks: imports and process group", 30.0)]
+    assert len(starts) == 2
 
 
 @pytest.fixture
@@ -238,6 +244,131 @@ def test_the_documented_phases_are_those_of_the_script() -> None:
     readme = (ACCEPTANCE / "README.md").read_text()
     table = readme[readme.index("| phase |") : readme.index("A run that was stopped")]
     assert re.findall(r"^\| (\w+) \|", table, flags=re.MULTILINE)[1:] == phases
+
+
+def process(module: ModuleType, pid: int, parent: int, *argv: str) -> Any:
+    return module.Process(pid=pid, parent=parent, argv=argv, cpu_s=0.0, started=0.0)
+
+
+def test_the_processes_of_a_start_are_told_from_others(script: Callable[[str], ModuleType]) -> None:
+    profile = script("profile_start")
+    serve = ("/srv/engine/bin/lmdeploy", "serve", "api_server", "/data/models/x", "--tp", "1")
+    spawned = ("python3", "-c", "from multiprocessing.spawn import spawn_main; spawn_main(pipe_handle=9)")
+    tracker = ("python3", "-c", "from multiprocessing.resource_tracker import main;main(5)")
+    known = {10: "server", 12: "engine"}
+    seen = {
+        "server": process(profile, 10, 1, "python3", *serve),
+        "engine": process(profile, 12, 10, *spawned),
+        "check": process(profile, 13, 12, *spawned),
+        "ray-worker": process(profile, 20, 2, "ray::RayWorkerWrapper"),
+    }
+    assert {role: profile.role_of(one, known) for role, one in seen.items()} == {role: role for role in seen}
+    others = (
+        process(profile, 11, 10, "python3", *serve),  # the server's manager, a fork of it
+        process(profile, 14, 10, *tracker),
+        process(profile, 15, 1, "/sbin/docker-init", "--", "python3", *serve),
+        process(profile, 16, 1, "docker", "run", "image", *serve),
+        process(profile, 17, 99, *spawned),
+    )
+    assert [profile.role_of(one, known) for one in others] == [""] * len(others)
+
+
+def trace(*steps: tuple[float, list[tuple[str, str]]], tid: int = 1) -> list[dict[str, Any]]:
+    """A Chrome trace as py-spy writes it: from each moment [s] on a thread has this stack."""
+    events: list[dict[str, Any]] = []
+    before: list[tuple[str, str]] = []
+    for moment, stack in steps:
+        same = next((n for n, (a, b) in enumerate(zip(before, stack, strict=False)) if a != b), None)
+        same = min(len(before), len(stack)) if same is None else same
+        frames = [("E", frame) for frame in reversed(before[same:])] + [("B", frame) for frame in stack[same:]]
+        for phase, (file, name) in frames:
+            events.append(
+                {"ph": phase, "name": name, "args": {"filename": file}, "ts": round(moment * 1e6), "tid": tid}
+            )
+        before = stack
+    return events
+
+
+def test_a_profile_tells_imports_by_package_and_the_warm_up_by_batch_size(
+    tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    profile = script("profile_start")
+    site = "/opt/py3/lib/python3.12/site-packages"
+    warm = [(f"{site}/lmdeploy/pytorch/engine/model_agent/agent.py", "ModelAgent.warmup")]
+    compiles = [*warm, (f"{site}/triton/compiler/compiler.py", "compile"), ("/usr/lib/python3.12/subprocess.py", "run")]
+    load = ("<frozen importlib._bootstrap>", "_find_and_load")
+    sympy = [load, (f"{site}/torch/__init__.py", "<module>"), load, (f"{site}/sympy/__init__.py", "<module>")]
+    events = trace((0, sympy[:2]), (1, sympy), (4, compiles), (6, warm), (8, compiles), (9, warm), (10, []))
+    (tmp_path / "ray-worker-7.json").write_text(json.dumps(events))
+    began = datetime(2026, 11, 24, 7, 0, 0).timestamp()
+    note = {"pid": 7, "role": "ray-worker", "file": "ray-worker-7.json", "started": began - 2, "sampled_from": began}
+    (tmp_path / "processes.json").write_text(json.dumps([note]))
+    log = ["2026-11-24 07:00:07,500 - lmdeploy - INFO - Initialized CUDASingleGraphRunner with max_batches=64, max"]
+    (found,) = profile.summarise(tmp_path, log)
+    assert (found["role"], found["unseen_s"]) == ("rank", 2)
+    assert found["activities"] == {"imports": 4, "Triton compiles": 3, "else": 3}
+    assert found["imports"] == {"sympy": 3, "torch": 1}
+    # A stretch belongs to the step that had begun when it did.
+    assert found["warm_up"] == {
+        "prefill": {"Triton compiles": 2, "else": 2},
+        "batch size 64": {"Triton compiles": 1, "else": 1},
+    }
+    assert "| prefill | 4.0 | Triton compiles 2.0, else 2.0 |" in profile.markdown([found])
+
+
+def test_the_server_by_hand_is_the_deployed_one_but_for_what_cannot_be_shared(
+    script: Callable[[str], ModuleType],
+) -> None:
+    deployed = {
+        "Image": "sha256:abc",
+        "Config": {"Env": ["RAY_ADDRESS=192.0.2.2:6379", "RAY_AUTH_MODE=token", "NCCL_SOCKET_IFNAME==eth0"]},
+        "HostConfig": {
+            "IpcMode": "host",
+            "DeviceRequests": [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}],
+            "Devices": [{"PathOnHost": "/dev/infiniband/rdma_cm", "PathInContainer": "/dev/infiniband/rdma_cm"}],
+            "CapAdd": ["CAP_IPC_LOCK"],
+            "Ulimits": [{"Name": "memlock", "Soft": -1, "Hard": -1}],
+            "Binds": ["/data:/data:ro"],
+        },
+    }
+    node = {"node_address": "192.0.2.2", "ray": {"num_gpus": 1, "object_store_memory_bytes": 5}}
+    serve = ["lmdeploy", "serve", "api_server", "/data/x y", "--server-port", "23333", "--tp", "1"]
+    argv = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
+    for option, value in (
+        ("--device", "nvidia.com/gpu=all"),
+        ("--cap-add", "IPC_LOCK"),
+        ("--ulimit", "memlock=-1:-1"),
+        ("--volume", "/data:/data:ro"),
+        ("--env", "NCCL_SOCKET_IFNAME==eth0"),
+        ("--env", "RAY_ADDRESS=192.0.2.2:23534"),
+        ("--env", "RAY_AUTH_MODE=disabled"),
+        ("--entrypoint", "bash"),
+    ):
+        assert (option, value) in pairwise(argv)
+    assert "RAY_AUTH_MODE=token" not in argv
+    assert argv[-3:-1] == ["sha256:abc", "-c"]
+    assert argv[-1].endswith("exec lmdeploy serve api_server '/data/x y' --server-port 23533 --tp 1 --api-keys sk\n")
+    assert "ray start --head --node-ip-address=192.0.2.2 --port=23534 --num-gpus=1" in argv[-1]
+
+
+def test_throughput_is_compared_by_the_medians(script: Callable[[str], ModuleType]) -> None:
+    throughput = script("throughput")
+    rounds = [
+        {
+            "first": first,
+            "deployed": {"output_tokens_per_s": deployed, "failed": 0},
+            "by_hand": {"output_tokens_per_s": by_hand, "failed": 0},
+        }
+        for first, deployed, by_hand in (
+            ("deployed", 990.0, 1000.0),
+            ("by_hand", 1500.0, 1000.0),
+            ("deployed", 995.0, 990.0),
+        )
+    ]
+    summary = throughput.summarise(rounds, 640)
+    assert summary["median_output_tokens_per_s"] == {"deployed": 995.0, "by_hand": 1000.0}
+    assert (summary["ratio_of_medians"], summary["ratios"]) == (0.995, [0.99, 1.5, 1.0051])
+    assert "| 2 | by hand | 1,500.0 | 1,000.0 | 1.500 |" in throughput.markdown(summary)
 
 
 @pytest.mark.parametrize("path", sorted(ACCEPTANCE.glob("*.sh")), ids=lambda path: path.name)
