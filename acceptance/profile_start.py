@@ -31,6 +31,7 @@ from typing import Any
 
 PROC = Path("/proc")
 LOOK_EVERY_S = 0.2
+LONGEST_WRITE_S = 20.0
 # A Ray worker that was only started beforehand does nothing; one that becomes a rank begins by importing LMDeploy.
 BUSY_CPU_S = 0.3
 # What a frame's function is doing, by the innermost frame that is named here: file (end of its path), function, label.
@@ -189,9 +190,10 @@ def record(folder: Path, seconds: float, rate: int) -> None:
         for spy in watched.values():
             if spy.poll() is None:
                 spy.send_signal(signal.SIGINT)
+        until = time.monotonic() + LONGEST_WRITE_S
         for spy in watched.values():
             try:
-                spy.wait(20)
+                spy.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 spy.kill()
         names = ", ".join(f"{note['role']} {note['pid']}" for note in notes)

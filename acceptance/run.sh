@@ -132,7 +132,8 @@ for name in ("torch", "transformers", "triton", "sympy", "scipy", "sklearn", "pa
     spec = u.find_spec(name)
     if spec and spec.origin and os.access(os.path.dirname(spec.origin), os.W_OK):
         print(os.path.dirname(spec.origin))' | xargs --no-run-if-empty python3 -m compileall -q -j 0 >/dev/null || true
-  PYTHONPATH=$engine python3 "$here/import_engine.py" "$details/imports.json"
+  PYTHONPATH=$engine timeout 120 python3 "$here/import_engine.py" "$details/imports.json" ||
+    say "some of it stays without bytecode: starts take longer"
 }
 
 phase_control() {
