@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -155,6 +156,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         (tmp_path / "api_keys").write_text(
             render(tmp_path, "etc/deploy-dsv3/endpoint/api_keys.j2", endpoint_api_keys=keys)
         )
+        # Whoever runs the test may not be allowed as many open files as the default asks for.
+        settings = {"endpoint_max_connections": 256, **settings}
         text = render(tmp_path, endpoint_port=port, lmdeploy_server_port=engine_port, **settings)
         # The test runs it as whoever runs the test.
         lines = [line for line in text.splitlines() if line.split()[:1] not in (["user"], ["group"], ["chroot"])]
@@ -283,6 +286,25 @@ def test_a_client_that_leaves_ends_its_generation(engine: Engine, start: Start) 
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json={"slow": True}, timeout=0.3)
     assert engine.client_left.wait(5), "the engine goes on generating for nobody"
+
+
+def test_requests_wait_for_an_engine_that_is_slow_to_take_them(start: Start) -> None:
+    """A burst: the engine's queue of connections is full, and for seconds it takes none out."""
+    engine = Engine(port=0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler(engine), bind_and_activate=False) as server:
+        server.request_queue_size = 1
+        server.server_bind()
+        server.server_activate()
+        client = start(engine_port=server.server_port)
+        with ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(client.post, "/v1/completions", json={}, timeout=40) for _ in range(8)]
+            time.sleep(6.5)
+            assert not any(answer.done() for answer in answers)
+            serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            serving.start()
+            assert [answer.result().status_code for answer in answers] == [200] * 8
+        server.shutdown()
+        serving.join()
 
 
 def test_an_unhealthy_engine_speaks_for_itself_and_gets_no_requests(engine: Engine, start: Start) -> None:

@@ -51,8 +51,9 @@ ray_cluster_object_store_memory_bytes: 268435456
 
 _LIMITS = """\
 
-# This machine may not raise limits (no CAP_SYS_RESOURCE), so memlock is left as it is.
+# This machine may not raise limits (no CAP_SYS_RESOURCE), so memlock is left as it is, and the proxy opens fewer files.
 engine_ulimits: ["stack:67108864:67108864"]
+endpoint_max_connections: 4096
 """
 
 
