@@ -24,6 +24,8 @@ from deploy_dsv3.verbs import Target as Loaded
 _DEFAULT_BATCH = {"a100": 384, "a800": 384, "h100": 1024, "h800": 1024, "l20y": 1024, "h200": 1024}
 _DEFAULT_BATCH_BEFORE_0_10 = {"a100": 256, "a800": 256, "h100": 512, "h800": 512}
 _DEFAULT_BATCH_OF_OTHERS = 128
+# A cluster that is so many times slower than the published one must still not run into the endpoint's patience.
+_SLOWER_AT_MOST = 2
 # Requests that wait in the engine beside those it works on, so that its batch never runs dry.
 _QUEUE_SHARE = 0.25
 
@@ -213,10 +215,10 @@ def fitting_concurrency(target: Target, row: Row) -> tuple[int, str]:
         reasons.append(f"the endpoint takes {target.max_connections} connections (endpoint_max_connections)")
     if target.idle_timeout_s and row.published and row.num_prompts > row.max_batch_size:
         longest = row.num_prompts / row.published.request_throughput
-        if longest > target.idle_timeout_s:
+        if longest * _SLOWER_AT_MOST > target.idle_timeout_s:
             reasons.append(
-                f"the endpoint gives up after {target.idle_timeout_s:.0f} s of silence "
-                f"(endpoint_idle_timeout_s) and the last request would wait about {longest:.0f} s"
+                f"the endpoint gives up after {target.idle_timeout_s:.0f} s of silence (endpoint_idle_timeout_s) "
+                f"and the last request would wait about {longest:.0f} s at the published speed"
             )
     if not reasons:
         return 0, ""

@@ -128,12 +128,19 @@ def test_requests_in_flight_are_held_where_the_endpoint_would_drop_them() -> Non
     assert "endpoint_max_connections" in fitting_concurrency(few, ROWS[0])[1]
     assert fitting_concurrency(few, ROWS[5]) == (0, "")  # 2000 requests fit
     hasty = Target(base_url="x", idle_timeout_s=14400)
-    # 10000 requests at 3.4/s are done in 49 minutes; 2000 at 0.02/s take more than a day.
-    assert fitting_concurrency(hasty, ROWS[0]) == (0, "")
+    # 10000 requests at 3.4/s are done in 49 minutes, at 1.62/s in 103; at 0.71/s they take 3 h 55 min, too close to 4 h
+    # for a cluster that is slower; 2000 at 0.02/s take more than a day.
+    assert [fitting_concurrency(hasty, row)[0] for row in ROWS] == [0, 0, 1280, 1280, 160, 160]
     most, why = fitting_concurrency(hasty, ROWS[5])
     assert most == 160
     assert "gives up after 14400 s of silence (endpoint_idle_timeout_s)" in why
     assert fitting_concurrency(few, find_profile("custom").rows[0]) == (0, "")
+
+
+def test_the_defaults_of_the_endpoint_take_a_row_of_the_guide_at_once() -> None:
+    target = target_of()
+    assert [fitting_concurrency(target, row)[0] for row in ROWS] == [0, 0, 1280, 1280, 160, 160]
+    assert fitting_concurrency(target_of(endpoint_mode="direct"), ROWS[5]) == (0, "")
 
 
 def test_an_inventory_of_bare_hosts_is_looked_at_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
