@@ -28,7 +28,9 @@ BOOKKEEPING = (
 
 @pytest.fixture(scope="module")
 def destroyed(product: Product, lab: Lab, deployed: Run) -> Run:
-    """The teardown."""
+    """The teardown, while the head makes the load of a benchmark that nobody follows."""
+    row = ("--profile", "custom", "--num-prompts", "1000", "--request-rate", "1")
+    product("benchmark", "--inventory", lab.inventory, *row, "--from", "head", "--detach")
     return product("destroy", "--inventory", lab.inventory, "--yes", "--json", what="destroy")
 
 
