@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,6 @@ def render(folder: RunFolder) -> tuple[str, str]:
     known = folder.read()
     plan = folder.plan()
     lines = [_line(folder, row, plan) for row in plan.rows]
-    results = [line.result for line in lines if line.result]
     ratios = [cell.ratio for line in lines if (cell := line.cells[1]).ratio and cell.comparable]
     data = {
         "version": deploy_dsv3.__version__,
@@ -88,7 +87,7 @@ def render(folder: RunFolder) -> tuple[str, str]:
         "notes": _gathered(lines),
         "overall": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
         "latencies": _LATENCIES,
-        "facts": _facts(known, plan, results),
+        "facts": _facts(known, plan, lines),
         "pictures": _pictures(lines),
         "has_published": any(line.row.published for line in lines),
     }
@@ -153,6 +152,8 @@ def _notes(folder: RunFolder, row: Row, result: RowResult | None) -> list[str]:
     running, wanted = record["environment"].get("max_batch_size", 0), row.max_batch_size
     if running and wanted and running != wanted:
         notes.append(f"measured with max batch size {running}; the row calls for {wanted}")
+    if record["environment"].get("release_changed"):
+        notes.append(f"the release was changed to max batch size {running} for it")
     asked, counted = figures.total_output_tokens, figures.counted_output_tokens
     if counted is not None and abs(counted - asked) > _MOST_MISCOUNT * asked:
         notes.append(
@@ -186,29 +187,16 @@ def _gathered(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return [(", ".join(labels), note) for note, labels in found.items()]
 
 
-def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> list[tuple[str, str]]:
-    last: Any = results[-1].record if results else {}
-    environment = last.get("environment", {})
-    gpus = environment.get("gpus") or {}
-    image = environment.get("image") or {}
-    versions = environment.get("versions") or {}
+def _facts(known: dict[str, Any], plan: Plan, lines: Sequence[Line]) -> list[tuple[str, str]]:
+    results = [line.result for line in lines if line.result]
+    measured = f"{results[0].record['started']} to {results[-1].record['ended']}" if results else "nothing yet"
     texts = sorted({result.record["text"] for result in results})
     rate = f"Poisson, {plan.request_rate:g}/s" if plan.request_rate else "all at once"
     lengths = f"uniform in 1…L (range ratio {plan.range_ratio:g}), seed {plan.seed}, rule {plan.lengths}"
     facts = [
-        ("Measured", f"{results[0].record['started']} to {last['ended']}" if results else "nothing yet"),
-        ("Endpoint", f"{known.get('base_url', '')}, load from the {last.get('where', 'control')} machine"),
-        ("Model", str(last.get("model", ""))),
-        ("Layout", str(environment.get("layout", ""))),
-        ("GPUs", _gpus(gpus)),
-        ("Driver", str(environment.get("driver", ""))),
-        (
-            "NCCL transport",
-            f"{environment['nccl_transport']}, as configured" if environment.get("nccl_transport") else "",
-        ),
-        ("Image", " ".join(filter(None, (str(image.get("name", "")), str(image.get("digest", "")))))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "image")),
-        ("Serving command", " ".join(environment.get("serve_argv", ()))),
+        ("Measured", measured),
+        ("Endpoint", known.get("base_url", "")),
+        *((name, _of_all(lines, told)) for name, told in _ROW_FACTS),
         ("Request lengths", lengths if plan.dataset == "random" else "ShareGPT's own"),
         ("Prompt text", "; ".join(_TEXTS[text] for text in texts)),
         ("Arrivals", rate),
@@ -217,12 +205,53 @@ def _facts(known: dict[str, Any], plan: Plan, results: Sequence[RowResult]) -> l
     return [(name, value) for name, value in facts if value]
 
 
-def _gpus(gpus: dict[str, Any]) -> str:
+def _of_all(lines: Sequence[Line], told: Callable[[Mapping[str, Any]], str]) -> str:
+    """What the rows' records say of one thing; where they do not agree, each with the rows that say so."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.result:
+            found.setdefault(told(line.result.record), []).append(line.label)
+    if len(found) < 2:
+        return next(iter(found), "")
+    return "; ".join(f"{', '.join(labels)}: {value or 'not known'}" for value, labels in found.items())
+
+
+def _gpus(record: Mapping[str, Any]) -> str:
+    gpus = record["environment"].get("gpus") or {}
     if not gpus.get("name"):
         return ""
     counts = gpus.get("per_node", {})
     spread = " + ".join(str(count) for count in counts.values())
     return f"{spread} × {gpus['name']}"
+
+
+def _transport(record: Mapping[str, Any]) -> str:
+    transport = record["environment"].get("nccl_transport")
+    return f"{transport}, as configured" if transport else ""
+
+
+def _image(record: Mapping[str, Any]) -> str:
+    image = record["environment"].get("image") or {}
+    return " ".join(filter(None, (str(image.get("name", "")), str(image.get("digest", "")))))
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    versions = record["environment"].get("versions") or {}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if name != "image")
+
+
+#: What is told of each row, as a sweep that is continued may meet another release, driver or cluster.
+_ROW_FACTS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("Load from", lambda record: "the head" if record["where"] == "head" else "the control machine"),
+    ("Model", lambda record: str(record["model"])),
+    ("Layout", lambda record: str(record["environment"].get("layout", ""))),
+    ("GPUs", _gpus),
+    ("Driver", lambda record: str(record["environment"].get("driver", ""))),
+    ("NCCL transport", _transport),
+    ("Image", _image),
+    ("Versions", _versions),
+    ("Serving command", lambda record: " ".join(record["environment"].get("serve_argv", ()))),
+)
 
 
 def _pictures(lines: Sequence[Line]) -> dict[str, Markup]:

@@ -203,6 +203,28 @@ def test_what_keeps_a_row_from_its_face_value_is_told(tmp_path: Path) -> None:
     assert 'class="ratio "' in html
 
 
+def test_rows_that_were_measured_under_other_releases_are_told_apart(tmp_path: Path) -> None:
+    """Continued after the image was renewed, with the release changed for the last row."""
+    folder = begin(tmp_path / "run")
+    renewed = {**ENVIRONMENT, "image": {"name": "openmmlab/lmdeploy:v0.19.0-cu12.8", "digest": "sha256:" + "cd" * 32}}
+    changed = {**renewed, "serve_argv": ["lmdeploy", "--max-batch-size", "128"], "max_batch_size": 128}
+    first, second, *_, last = PLAN.rows
+    keep(folder, first, output_throughput=1000)
+    keep(folder, second, output_throughput=1000, environment=renewed, where="head")
+    keep(folder, last, output_throughput=1000, environment={**changed, "release_changed": True})
+    html, markdown = page.render(folder)
+    for told in (
+        f"Image: out 1,024: openmmlab/lmdeploy:v0.18.0-cu12.8 sha256:{'ab' * 32}; out 2,048, out 32,768: openmmlab",
+        "Serving command: out 1,024, out 2,048: lmdeploy serve api_server /data/models/DeepSeek-V3 --tp 16; "
+        "out 32,768: lmdeploy --max-batch-size 128",
+        "Load from: out 1,024, out 32,768: the control machine; out 2,048: the head",
+        "Driver: 580.95.05",
+        "out 32,768: the release was changed to max batch size 128 for it",
+    ):
+        assert told in markdown
+    assert "out 2,048, out 32,768: openmmlab/lmdeploy:v0.19.0-cu12.8" in html
+
+
 def test_a_run_without_published_figures_has_no_empty_columns(tmp_path: Path) -> None:
     plan = make_plan(find_profile("smoke"), Wishes())
     folder = begin(tmp_path / "run", plan)
