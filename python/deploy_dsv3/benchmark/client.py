@@ -239,13 +239,18 @@ class Client:
             )
         return str(wanted)
 
-    async def warm_up(self, model: str, request: Request) -> Outcome:
+    async def warm_up(self, model: str, request: Request, *, run: RowRun | None = None) -> Outcome:
         """Send one request and wait for it; upstream does so before each row.
+
+        Args:
+            model: name in the request.
+            request: the row's first, at its full length.
+            run: filled as it goes, for whoever reports progress; made if not given.
 
         Raises:
             UnreachableError: it failed.
         """
-        run = RowRun()
+        run = run or RowRun()
         outcome = await self._send(model, request, run, time.perf_counter())
         if outcome.error:
             raise UnreachableError(

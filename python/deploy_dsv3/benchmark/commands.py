@@ -167,7 +167,7 @@ def _request(context: click.Context, given: Mapping[str, Any]) -> Request:
 
 def _service(context: click.Context, given: Mapping[str, Any]) -> Service:
     from deploy_dsv3 import verbs
-    from deploy_dsv3.benchmark.sweep import Service
+    from deploy_dsv3.benchmark.sweep import Origin, Service
     from deploy_dsv3.benchmark.target import Target, find_target
 
     if not given["base_url"]:
@@ -180,7 +180,7 @@ def _service(context: click.Context, given: Mapping[str, Any]) -> Service:
         target = find_target(loaded, options, given["replica"])
         if given["model"]:
             target = replace(target, model=given["model"])
-        return Service(target=target, loaded=loaded, options=options, replica=given["replica"])
+        return Service(target=target, origin=Origin(loaded=loaded, options=options, replica=given["replica"]))
     if is_given(context, "inventories"):
         raise UsageError("--base-url and --inventory name two endpoints", remedy="Give one of them.")
     base_url = given["base_url"].rstrip("/").removesuffix("/v1")

@@ -29,6 +29,8 @@ def shown_on(stream: TextIO) -> Iterator[Show]:
 def sentence(progress: Mapping[str, Any]) -> str:
     """One line that says how far a sweep is."""
     state, row = progress.get("state", "starting"), progress.get("row", "")
+    if state == "warming up":
+        return f"{row}: warming up with one request, {progress['tokens']} of {progress['tokens_total']} tokens"
     if state != "running":
         return f"{row}: {state}" if row else str(state)
     share = 100 * progress["tokens"] / progress["tokens_total"] if progress["tokens_total"] else 0

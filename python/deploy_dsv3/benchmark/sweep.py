@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -48,20 +47,44 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a target was found: what is needed to come to its hosts again."""
+
+    loaded: verbs.Target
+    options: Options
+    replica: str = ""
+    """The operator's choice; empty where the inventory has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Service:
-    """The target, and how to come to it again: None where only its URL was given."""
+    """The target, and its origin: None where only its URL was given."""
 
     target: Target
-    loaded: verbs.Target | None = None
-    options: Options | None = None
-    replica: str = ""
+    origin: Origin | None = None
 
     @property
     def head(self) -> Head | None:
         """The head's connection."""
-        if self.loaded is None or self.options is None:
-            return None
-        return Head(self.loaded, self.options, self.target)
+        return Head(self.origin.loaded, self.origin.options, self.target) if self.origin else None
+
+    def is_inventorys_own(self) -> bool:
+        """Whether what runs is what the inventory says; False: it is, but for the batch size.
+
+        Raises:
+            UsageError: more differs, which a change of release would change as well.
+        """
+        if not verbs.plan(self._options()).exit_code:
+            return True
+        size = self.target.max_batch_size
+        if size and not verbs.plan(self._options(size)).exit_code:
+            return False
+        raise UsageError(
+            f"{self.target.replica}: the hosts are not as the inventory says, and changing the release would change "
+            "that too",
+            remedy="See what differs with `deploy-dsv3 plan`, and deploy first. "
+            "If it was deployed with --extra-vars, the benchmark needs them as well.",
+        )
 
     def redeployed(self, batch_size: int | None) -> Service:
         """The service with another batch size, None for the inventory's own; clients are cut off meanwhile.
@@ -69,22 +92,32 @@ class Service:
         Raises:
             HostError: the deploy failed.
         """
-        if self.loaded is None or self.options is None:
-            raise UsageError("a release is changed through its inventory", remedy="Give --inventory PATH.")
-        changed = self.options
-        if batch_size is not None:
-            changed = replace(
-                self.options, extra_vars=(*self.options.extra_vars, f"lmdeploy_max_batch_size={batch_size}")
-            )
-        result = verbs.deploy(changed)
+        result = verbs.deploy(self._options(batch_size))
         if result.exit_code:
             result.render(sys.stderr)
+            wanted = f"max batch size {batch_size}" if batch_size else "what the inventory says"
             raise HostError(
-                f"changing the release to batch size {batch_size or 'of the inventory'} failed "
-                f"(exit {result.exit_code}); what is measured is kept",
+                f"changing the release to {wanted} failed (exit {result.exit_code}); what is measured is kept",
                 remedy="`deploy-dsv3 --inventory PATH` continues it; then run the benchmark again.",
             )
-        return replace(self, target=find_target(self.loaded, self.options, self.replica))
+        origin = self._origin()
+        return replace(self, target=find_target(origin.loaded, origin.options, origin.replica))
+
+    def _options(self, batch_size: int | None = None) -> Options:
+        """Those of a deploy of this replica alone. --change-release is the consent that a deploy asks for."""
+        options = self._origin().options
+        changed = (f"lmdeploy_max_batch_size={batch_size}",) if batch_size else ()
+        return replace(
+            options,
+            yes=True,
+            limit=",".join(self.target.environment["nodes"]),
+            extra_vars=(*options.extra_vars, *changed),
+        )
+
+    def _origin(self) -> Origin:
+        if self.origin is None:
+            raise UsageError("a release is changed through its inventory", remedy="Give --inventory PATH.")
+        return self.origin
 
 
 @dataclass
@@ -95,6 +128,8 @@ class _Sweep:
     rows: tuple[Row, ...]
     folder: RunFolder
     in_flight: dict[str, str] = field(default_factory=dict)
+    release_changed: bool = False
+    """Whether another release than the inventory's runs, for the rows' sake."""
 
     @property
     def missing(self) -> list[Row]:
@@ -107,28 +142,31 @@ def run(request: Request, service: Service) -> Result:
     Raises:
         DeployError: nothing could be measured, or not all; what was measured is kept and in the report.
     """
+    if request.detach and request.change_release:
+        raise UsageError("--detach cannot change the release", remedy="Leave one of the two out.")
     sweep = _prepare(request, service)
     tell = sys.stderr if request.json else sys.stdout
     reference = _reference(sweep)
     worker = _worker(sweep)
-    if worker.alive():
+    running = worker if worker.alive() else None
+    if running:
         print(f"A benchmark measures into {sweep.folder.path} already: following it.", file=tell)
-        follow_error = _follow(worker, tell)
     elif sweep.missing:
         _check_batch_size(sweep)
+    if request.change_release:
+        sweep.release_changed = not service.is_inventorys_own()
+    if sweep.missing and not running:
         about = {"base_url": service.target.base_url, "replica": service.target.replica}
         sweep.folder.create(sweep.plan, about)
         print(f"Results: {sweep.folder.path}", file=tell)
-        if request.detach:
-            return _detach(sweep)
-        follow_error = _measure(sweep, tell)
-    else:
-        follow_error = None
+    if request.detach and (running or sweep.missing):
+        return _detach(sweep, running)
+    error = _measure(sweep, running, tell)
     pages = write_report(sweep.folder)
-    if follow_error is not None:
+    if error is not None:
         if sweep.folder.results():
-            follow_error.remedy += f" What is measured so far: {pages[0]}."
-        raise follow_error
+            error.remedy += f" What is measured so far: {pages[0]}."
+        raise error
     return _verdict(sweep, reference, pages)
 
 
@@ -183,32 +221,49 @@ def _check_batch_size(sweep: _Sweep) -> None:
     raise UsageError(message, remedy=f"Nothing was measured. Choose: {'; '.join(choices)}.")
 
 
-def _measure(sweep: _Sweep, tell: TextIO) -> DeployError | None:
-    """Measure the missing rows; returns why not all of them were."""
+def _measure(sweep: _Sweep, running: Worker | None, tell: TextIO) -> DeployError | None:
+    """Follow the worker that runs, then measure what is still missing; returns why not all of it was."""
+    error: DeployError | None = None
+    not_put_back: DeployError | None = None
     try:
-        if not sweep.request.change_release:
-            return _measure_rows(sweep, sweep.missing, tell)
-        with _release_put_back(sweep, tell):
-            for size, rows in groupby(sweep.missing, key=lambda row: row.max_batch_size):
-                if size and size != sweep.service.target.max_batch_size:
-                    print(f"Changing the release: max batch size {size}.", file=tell)
-                    sweep.service = sweep.service.redeployed(size)
-                if error := _measure_rows(sweep, list(rows), tell):
-                    return error
-    except DeployError as error:
-        return error
+        error = _follow(running, tell) if running else None
+        if error is None and sweep.missing:
+            error = _measure_missing(sweep, tell)
+    except DeployError as failed:
+        error = failed
+    finally:
+        if sweep.request.change_release:
+            not_put_back = _put_release_back(sweep, tell)
+    if error and not_put_back:
+        error.remedy += f" And the release was not put back: {not_put_back.message}. {not_put_back.remedy}"
+    return error or not_put_back
+
+
+def _measure_missing(sweep: _Sweep, tell: TextIO) -> DeployError | None:
+    _check_batch_size(sweep)
+    if not sweep.request.change_release:
+        return _measure_rows(sweep, sweep.missing, tell)
+    for size, rows in groupby(sweep.missing, key=lambda row: row.max_batch_size):
+        if size and size != sweep.service.target.max_batch_size:
+            print(f"Changing the release: max batch size {size}.", file=tell)
+            sweep.release_changed = True
+            sweep.service = sweep.service.redeployed(size)
+        if error := _measure_rows(sweep, list(rows), tell):
+            return error
     return None
 
 
-@contextmanager
-def _release_put_back(sweep: _Sweep, tell: TextIO) -> Iterator[None]:
-    before = sweep.service
+def _put_release_back(sweep: _Sweep, tell: TextIO) -> DeployError | None:
+    """Deploy the inventory's own release where another one runs; returns why it could not."""
+    if not sweep.release_changed:
+        return None
+    print("Putting the release back to the inventory's.", file=tell)
     try:
-        yield
-    finally:
-        if sweep.service is not before:
-            print("Putting the release back to the inventory's.", file=tell)
-            sweep.service = before.redeployed(None)
+        sweep.service = sweep.service.redeployed(None)
+    except DeployError as error:
+        return error
+    sweep.release_changed = False
+    return None
 
 
 def _measure_rows(sweep: _Sweep, rows: Sequence[Row], tell: TextIO) -> DeployError | None:
@@ -252,6 +307,7 @@ def _job(sweep: _Sweep, rows: Sequence[Row]) -> Job:
     ca_file = "ca.pem" if request.where == "head" and target.ca_file else target.ca_file
     return Job(
         rows=tuple(row.name for row in rows),
+        later=tuple(row.name for row in sweep.missing if row not in rows),
         base_url=target.base_url,
         ca_file=ca_file,
         model=target.model,
@@ -262,18 +318,18 @@ def _job(sweep: _Sweep, rows: Sequence[Row]) -> Job:
         environment={
             **target.environment,
             "max_batch_size": target.max_batch_size,
+            "release_changed": sweep.release_changed,
             "in_flight": sweep.in_flight,
         },
     )
 
 
-def _detach(sweep: _Sweep) -> Result:
-    if sweep.request.change_release:
-        raise UsageError("--detach cannot change the release", remedy="Leave one of the two out.")
-    worker = _worker(sweep)
-    sweep.folder.write_state("job.json", asdict(_job(sweep, sweep.missing)))
-    worker.start(sweep.service.target.api_key)
-    text = "Started. The same command without --detach follows it, and writes the report.\n"
+def _detach(sweep: _Sweep, running: Worker | None) -> Result:
+    text = "It runs already. The same command without --detach follows it, and writes the report.\n"
+    if running is None:
+        sweep.folder.write_state("job.json", asdict(_job(sweep, sweep.missing)))
+        _worker(sweep).start(sweep.service.target.api_key)
+        text = text.replace("It runs already", "Started")
     document = {"verb": "benchmark", "exit_code": 0, "folder": str(sweep.folder.path), "detached": True}
     return Result(exit_code=0, document=document, render=lambda stream: print(text, end="", file=stream))
 

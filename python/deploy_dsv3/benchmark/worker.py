@@ -29,7 +29,7 @@ from deploy_dsv3.benchmark.figures import csv_row, row_figures
 from deploy_dsv3.benchmark.plan import Plan, Row
 from deploy_dsv3.benchmark.runs import RunFolder, now
 from deploy_dsv3.benchmark.texts import load_sharegpt, load_tokenizer
-from deploy_dsv3.benchmark.workload import Tokenizer, Workload, make_workload
+from deploy_dsv3.benchmark.workload import Request, Tokenizer, Workload, make_workload
 from deploy_dsv3.errors import DeployError, InternalError, Interrupted, UnreachableError, UsageError
 
 _REPORT_EVERY_S = 1.0
@@ -43,6 +43,8 @@ class Job:
 
     rows: tuple[str, ...]
     """Names of the rows to measure now, in this order."""
+    later: tuple[str, ...] = ()
+    """Names of rows that another job measures after this one; only the estimate of the end looks at them."""
     base_url: str
     ca_file: str = ""
     """Absolute, or in the run's folder."""
@@ -61,7 +63,7 @@ class Job:
 
 def job_from_json(data: dict[str, Any]) -> Job:
     """The job that `asdict` turned into JSON."""
-    return Job(**{**data, "rows": tuple(data["rows"])})
+    return Job(**{**data, "rows": tuple(data["rows"]), "later": tuple(data["later"])})
 
 
 class Sweep:
@@ -87,6 +89,7 @@ class Sweep:
         """
         rows = {row.name: row for row in self._plan.rows}
         todo = [rows[name] for name in self._job.rows if not self._folder.result(rows[name])]
+        afterwards = [rows[name] for name in self._job.later]
         self.say("starting")
         tokenizer = self._tokenizer()
         pairs = load_sharegpt(Path(self._plan.dataset_path)) if self._plan.dataset_path else None
@@ -101,7 +104,7 @@ class Sweep:
                     raise UsageError(
                         f"{row.name}: {error}", remedy="Ask for fewer, or give another dataset."
                     ) from error
-                await self._measure(client, model, row, workload, todo[place + 1 :], tokenizer)
+                await self._measure(client, model, row, workload, todo[place + 1 :] + afterwards, tokenizer)
         self.say("done")
 
     def _tokenizer(self) -> Tokenizer | None:
@@ -125,9 +128,7 @@ class Sweep:
     ) -> None:
         plan, folder = self._plan, self._folder
         check_open_files(min(row.num_prompts, row.concurrency or row.num_prompts))
-        self.say("warming up", row=row.name)
-        await client.warm_up(model, workload.requests[0])
-        await asyncio.sleep(_REST_AFTER_WARM_UP_S)
+        await self._warm_up(client, model, row, workload.requests[0])
         run = RowRun()
         started, cpu_before = now(), time.process_time()
         with folder.requests_file(row).open("w", encoding="utf-8") as lines:
@@ -180,6 +181,23 @@ class Sweep:
             self._progress.setdefault("rejected", []).append({"row": row.name, "why": record["why"]})
         else:
             folder.keep(row, record, csv_row(plan, row, workload.text, figures))
+
+    async def _warm_up(self, client: Client, model: str, row: Row, request: Request) -> None:
+        """One request alone; the longest rows' takes many minutes, so it says how far it is."""
+        run = RowRun()
+
+        async def report() -> None:
+            while True:
+                tokens = sum(run.timeline.events)
+                self.say("warming up", row=row.name, tokens=tokens, tokens_total=request.output_len)
+                await asyncio.sleep(_REPORT_EVERY_S)
+
+        reporter = asyncio.create_task(report())
+        try:
+            await client.warm_up(model, request, run=run)
+        finally:
+            reporter.cancel()
+        await asyncio.sleep(_REST_AFTER_WARM_UP_S)
 
     async def _check_still_there(self, client: Client, row: Row, why: str, kept: Path) -> None:
         """After a row that failed: stop here if the rows after it could only fail too."""

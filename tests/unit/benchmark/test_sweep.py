@@ -56,13 +56,20 @@ def test_the_batch_size_that_runs_is_measured_only_when_asked_for_and_marked(ser
 
 @dataclass(frozen=True, kw_only=True)
 class Redeployable(Service):
-    """A service whose release changes at once, and says so."""
+    """A service whose release changes at once, and says so; the inventory's own has batch size 1024."""
 
     changes: list[int | None] = field(default_factory=list)
+
+    def is_inventorys_own(self) -> bool:
+        return self.target.max_batch_size == 1024
 
     def redeployed(self, batch_size: int | None) -> Service:
         self.changes.append(batch_size)
         return replace(self, target=replace(self.target, max_batch_size=batch_size or 1024))
+
+    def left_at(self, batch_size: int) -> Redeployable:
+        """What a sweep finds after one that was killed before it put the release back."""
+        return replace(self, target=replace(self.target, max_batch_size=batch_size))
 
 
 def test_the_release_is_changed_for_the_rows_that_need_it_and_put_back(serve: Serve, tmp_path: Path) -> None:
@@ -82,6 +89,52 @@ def test_the_release_is_put_back_when_a_row_fails(serve: Serve, tmp_path: Path) 
     with pytest.raises(VerificationError, match="requests failed"):
         sweep.run(request(tmp_path / "run", rows="5", change_release=True), changing)
     assert changing.changes == [128, None]
+
+
+def test_a_release_that_a_killed_sweep_left_changed_is_put_back_by_the_next(serve: Serve, tmp_path: Path) -> None:
+    changing = Redeployable(target=service(serve()).target).left_at(128)
+    asked = request(tmp_path / "run", rows="5", change_release=True)
+    assert sweep.run(asked, changing).exit_code == 0
+    assert changing.changes == [None], "row 5 fits what runs"
+    assert sweep.run(asked, changing).exit_code == 0, "killed after the last row: nothing is left to measure"
+    assert changing.changes == [None, None]
+
+
+def test_a_sweep_whose_follower_was_killed_is_followed_and_goes_on(serve: Serve, tmp_path: Path) -> None:
+    """The worker measures row 4 while nobody follows; the same command waits for it and does the rest."""
+    server = serve()
+    changing = Redeployable(target=service(server).target)
+    folder = tmp_path / "run"
+    begun = sweep.run(request(folder, rows="4", detach=True), changing)
+    assert begun.document["detached"] is True
+    assert sweep.run(request(folder, rows="4", detach=True), changing).exit_code == 0, "it runs already"
+    assert sweep.run(request(folder, change_release=True), changing).exit_code == 0
+    assert changing.changes == [128, None]
+    assert [result.row.output_len for result in RunFolder(folder).results()] == [8192, 16384]
+    assert server.seen.completions == 2 * (1 + 2), "each row once, with its warm-up"
+
+
+def test_rows_under_another_release_count_for_the_end_of_the_sweep(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changing = Redeployable(target=service(serve(fail_every=2)).target)
+    with pytest.raises(VerificationError):
+        sweep.run(request(folder, change_release=True), changing)
+    job = RunFolder(folder).state("job.json")
+    assert (job["rows"], job["later"]) == (["api_n2_in2048_out8192_dsv3"], ["api_n2_in2048_out16384_dsv3"])
+
+
+def test_a_sweep_that_nobody_follows_cannot_change_the_release(serve: Serve, tmp_path: Path) -> None:
+    changing = Redeployable(target=service(serve()).target)
+    with pytest.raises(UsageError, match="--detach cannot change the release"):
+        sweep.run(request(tmp_path / "run", detach=True, change_release=True), changing)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_url_alone_has_no_release_to_change(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with pytest.raises(UsageError, match="changed through its inventory"):
+        sweep.run(request(tmp_path / "run", change_release=True), service(server))
+    assert server.seen.completions == 0
 
 
 def test_a_held_row_says_why_in_its_result(serve: Serve, tmp_path: Path) -> None:
@@ -194,7 +247,9 @@ def test_the_end_is_estimated_from_published_speeds() -> None:
 
 
 def test_progress_is_one_sentence() -> None:
-    assert sentence({"state": "warming up", "row": "r"}) == "r: warming up"
+    assert sentence({"state": "preparing", "row": "r"}) == "r: preparing"
+    warming = {"state": "warming up", "row": "r", "tokens": 300, "tokens_total": 16384}
+    assert sentence(warming) == "r: warming up with one request, 300 of 16384 tokens"
     running = {"state": "running", "row": "r", "tokens": 50, "tokens_total": 200, "finished": 3, "requests": 9}
     running |= {"failed": 1, "in_flight": 6, "output_throughput": 812.4, "row_left_s": 30, "sweep_left_s": 4000}
     assert sentence(running) == (
