@@ -22,6 +22,7 @@ ORDER = (
     "test_bare_hosts",
     "test_main_job",
     "test_wheel",
+    "test_benchmark",
     "test_plan",
     "test_recovery",
     "test_drift",

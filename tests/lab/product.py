@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ class Product:
     def argv(self, *arguments: str | Path) -> list[str]:
         """The command line."""
         return [str(self.program), *map(str, arguments)]
+
+    @contextmanager
+    def started(self, *arguments: str | Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Start it, with what it says in a file, and let it go on by itself; killed in the end if it still does."""
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                self.argv(*arguments),
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     def __call__(self, *arguments: str | Path, expect: int = 0, what: str = "") -> Run:
         """Run it to its end.

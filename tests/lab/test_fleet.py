@@ -276,6 +276,23 @@ def test_a_key_is_asked_for(served: Run, fleet: Fleet) -> None:
         assert sight.complete(url, key=fleet.key).status_code == 200
 
 
+def test_the_benchmark_takes_the_key_from_the_vault_and_is_refused_with_another(
+    served: Run, product: Product, fleet: Fleet
+) -> None:
+    row = ("--profile", "custom", "--num-prompts", "8", "--input-len", "16", "--output-len", "8")
+    chosen = ("--replica", "single", "--output", "with-the-key")
+    run = product("benchmark", *fleet.options, *row, *chosen, "--json", what="benchmark with a key from the vault")
+    assert run.document["rows"][0]["figures"]["completed"] == 8
+    wrong = product.folder / "wrong-key"
+    wrong.touch(mode=0o600)
+    wrong.write_text("sk-wrong\n")
+    endpoint = ("--base-url", fleet.endpoints["single"], "--api-key-file", wrong)
+    told = product("benchmark", *endpoint, *row, "--output", "with-another", expect=2).err
+    assert "HTTP 401, the API key is wrong" in told
+    assert "Give one of endpoint_api_keys" in told
+    assert not list((product.folder / "with-another").glob("api_n*"))
+
+
 def test_status_tells_of_both(served: Run, product: Product, fleet: Fleet) -> None:
     run = product("status", *fleet.options, "--json")
     assert [(replica["name"], replica["serving"], replica["gpus_alive"]) for replica in run.document["replicas"]] == [
