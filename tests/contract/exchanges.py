@@ -7,9 +7,11 @@ generated text and tokens, of which only the type counts. Of a stream, equal eve
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ RECORDED = Path(__file__).parent / "recorded"
 MODEL = "dsv3"
 
 _MADE_UP = {"id", "created", "content", "text", "output_ids"}
+#: How many tokens a prompt has is the tokenizer's matter, which a recording does not hold.
+_COUNTED = {"prompt_tokens", "total_tokens"}
+_COUNTED_LENGTH = re.compile(r"(?<=Input length \()\d+(?=\))")
 _HEADERS = ("server", "content-type", "vary", "allow")
 
 
@@ -71,15 +76,31 @@ def send(base_url: str, request: dict[str, Any], *, model: str = MODEL) -> dict[
 
 
 def form(value: Any, key: str = "") -> Any:
-    """Return a response with what is made up anew replaced by its type."""
+    """Return a response with what is made up anew, or counted by a tokenizer, replaced by its type."""
     if key in _MADE_UP and not isinstance(value, dict | None):
         return [type(item).__name__ for item in value] if isinstance(value, list) else type(value).__name__
+    if key in _COUNTED:
+        return type(value).__name__
+    if isinstance(value, str):
+        return _COUNTED_LENGTH.sub("N", value)
     if isinstance(value, dict):
         return {name: form(item, name) for name, item in value.items()}
     if isinstance(value, list):
         items = [form(item) for item in value]
         return _without_repeats(items) if key == "events" else items
     return value
+
+
+def usages(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every account of tokens in a response."""
+    if isinstance(value, dict):
+        if "total_tokens" in value:
+            yield value
+        for item in value.values():
+            yield from usages(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from usages(item)
 
 
 def read_metrics(base_url: str, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:

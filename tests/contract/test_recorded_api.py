@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from exchanges import Exchange, form, load, read_metrics, read_routes, send, wait_until_healthy
+from exchanges import Exchange, form, load, read_metrics, read_routes, send, usages, wait_until_healthy
 
 RECORDING, EXCHANGES = load()
 
@@ -65,7 +65,18 @@ def test_an_error_has_the_recorded_words(open_server: str, keyed_server: str) ->
     assert len(refused) >= 10
     for exchange in refused:
         answer = send(keyed_server if exchange.keyed else open_server, exchange.request)
-        assert answer["json"] == exchange.response["json"], exchange.name
+        assert form(answer["json"]) == form(exchange.response["json"]), exchange.name
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.name)
+def test_tokens_add_up(exchange: Exchange, request: pytest.FixtureRequest) -> None:
+    """In the recording as in the stand-in; how many a prompt has differs with the tokenizer."""
+    url = request.getfixturevalue("keyed_server" if exchange.keyed else "open_server")
+    answer = send(url, exchange.request)
+    assert len(list(usages(answer))) == len(list(usages(exchange.response)))
+    for usage in (*usages(answer), *usages(exchange.response)):
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert usage["prompt_tokens"] > 0
 
 
 def test_the_routes_are_the_recorded_ones(open_server: str) -> None:
