@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deploy_dsv3 import causes, content, observer
+from deploy_dsv3.interruption import end_children
 
 if TYPE_CHECKING:
     from deploy_dsv3.inventory import Inventory
@@ -145,7 +147,7 @@ def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str
     with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as folder:
         inventory = Path(folder) / "inventory.yml"
         _write_inventory(inventory, variables)
-        with ThreadPoolExecutor(max_workers=_MAX_PARALLEL) as pool:
+        with ThreadPoolExecutor(max_workers=_MAX_PARALLEL) as pool, _nothing_left(pool):
             # Started first: it takes the longest.
             others = pool.submit(_look_with_ansible, inventory, {host: commands[host] for host in by_ansible})
             runner = _testinfra_runner(inventory, variables)
@@ -158,6 +160,17 @@ def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str
             )
             seen |= others.result()
     return {host: seen[host] for host in variables}
+
+
+@contextmanager
+def _nothing_left(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Whoever is stopped while hosts are asked does not wait for their answers."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_children()
+        raise
 
 
 def command(settings: Mapping[str, Any], *, deep: bool) -> str:

@@ -22,6 +22,7 @@ from deploy_dsv3.errors import (
     UsageError,
 )
 from deploy_dsv3.events import Failure, Finished, HostFailed, HostOk, HostStats, Outcome, Record, StageStarted
+from deploy_dsv3.interruption import number_of
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
 from deploy_dsv3.settings import Settings
@@ -445,6 +446,11 @@ def _play(
             if verify_after and outcome.exit_code == 0:
                 verification = _verify_stage(target, options, outcome, show)
             exit_code = outcome.exit_code
+        except KeyboardInterrupt as error:
+            stopped = Interrupted(number_of(error))
+            exit_code = stopped.exit_code
+            stopped.remedy += f" The log is in {log.directory}."
+            raise stopped from error
         except Interrupted as error:
             exit_code = error.exit_code
             error.remedy += f" The log is in {log.directory}."

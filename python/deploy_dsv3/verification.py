@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -182,7 +184,7 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     try:
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = _run_to_its_end(argv, environment)
     except subprocess.TimeoutExpired as error:
         raise InternalError(
             f"verification did not end within {TIMEOUT_S} s",
@@ -204,6 +206,21 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
         )
     order = {host: index for index, host in enumerate(expectations.deployment.hosts)}
     return sorted(checks, key=lambda check: order.get(check.host, -1))
+
+
+def _run_to_its_end(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run pytest; whatever ends the wait for it ends it as well, with its connections to the hosts."""
+    # In a group of its own, so that all of it can be ended at once.
+    with subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def _tail(done: subprocess.CompletedProcess[str]) -> str:

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from configparser import ConfigParser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -19,6 +22,7 @@ import pytest
 import yaml
 
 from deploy_dsv3 import content, inventory, observation, observer
+from deploy_dsv3.interruption import Terminated, terminable
 from deploy_dsv3.runner import Passwords
 
 SETTINGS = {
@@ -57,6 +61,21 @@ def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_th
     for name in ("away", "away-too"):
         assert not seen[name].reached and "Connection refused" in seen[name].error
         assert "Start sshd there, or set ansible_port." in seen[name].error
+
+
+def test_whoever_is_stopped_does_not_wait_for_a_host_that_hangs() -> None:
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with terminable(), pytest.raises(Terminated):
+        observation.ask({"a": LOCAL, "b": LOCAL}, dict.fromkeys("ab", "sleep 61"))
+    assert time.monotonic() - began < 20
+    assert not any(line == "sleep\0" + "61\0" for line in _command_lines())
+
+
+def _command_lines() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_text(errors="replace")
 
 
 def test_ansible_carries_the_command_where_a_password_is_needed() -> None:

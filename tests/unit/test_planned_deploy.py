@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import yaml
 from converged_hosts import HEAD, SETTINGS, WORKER, Documents, bare, converged, inputs, nobody
 
-from deploy_dsv3 import content, lock, probing, runner, verbs, verification, wanted
+from deploy_dsv3 import cli, content, lock, probing, runner, verbs, verification, wanted
 from deploy_dsv3.errors import Interrupted, PreflightError, UnreachableError, UsageError
 from deploy_dsv3.events import Failure, HostOk, Outcome
 from deploy_dsv3.observation import Observation
@@ -237,6 +240,26 @@ class TestLock:
         with pytest.raises(Interrupted):
             deploy(inventory, full=True)
         assert (stage.line["result"], stage.line["exit_code"]) == ("stopped", 143)
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_run_that_is_stopped_while_it_verifies_gives_it_back(
+        self,
+        stage: Stage,
+        inventory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        number: int,
+        code: int,
+    ) -> None:
+        def stopped(*_: Any, **__: Any) -> VerificationReport:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+            raise AssertionError("it went on")
+
+        monkeypatch.setattr(verification, "verify", stopped)
+        assert cli.run(["-i", str(inventory), "--json"]) == code
+        assert (stage.line["result"], stage.line["exit_code"]) == ("stopped", code)
+        assert "The log is in" in json.loads(capsys.readouterr().out)["error"]["remedy"]
 
     def test_a_run_that_met_a_defect_gives_it_back(
         self, stage: Stage, inventory: Path, monkeypatch: pytest.MonkeyPatch
