@@ -110,9 +110,17 @@ class TestBare:
         assert made.replicas[0].downtime.kind == "start"
         assert "nothing is served yet" in text(made)
 
-    def test_capacity_waits_for_the_driver(self) -> None:
+    def test_capacity_is_known_before_the_driver(self) -> None:
         (replica,) = planned(bare()).replicas
-        assert replica.capacity is None and "0 of 16 GPUs" in replica.capacity_unknown
+        assert replica.capacity == planned(converged()).replicas[0].capacity
+
+    def test_capacity_of_unknown_gpus_waits_for_the_driver(self) -> None:
+        documents = bare()
+        for gpu in documents[WORKER]["pci_gpus"]:
+            gpu["device"] = "0xffff"
+        (replica,) = planned(documents).replicas
+        assert replica.capacity is None and "PCI device 0xffff" in replica.capacity_unknown
+        assert "capacity: before " in text(planned(documents))
 
     def test_what_is_preinstalled_is_left_alone(self) -> None:
         sources = dict.fromkeys(
