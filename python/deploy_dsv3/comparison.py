@@ -31,6 +31,7 @@ _COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
     "engine_image": frozenset(
         ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))
     ),
+    "lmdeploy": frozenset(("lmdeploy_release_name",)),
 }
 _COMPARED_NODE = frozenset({"devices", "environment", "node_file", "serve_file"})
 # What a changed input of a role means, in words.
@@ -360,9 +361,13 @@ def _lmdeploy(view: View) -> Iterator[Action]:
     release = view.facts.deployment.release or {}
     said = {"argv": release.get("serve", {}).get("argv"), "model": release.get("model")}
     model = {"name": view.node.served_model, "path": view.node.model_path}
-    if said != {"argv": serve_file["argv"], "model": model}:
+    before, name = str(release.get("name") or ""), view.settings["lmdeploy_release_name"]
+    if before != name or said != {"argv": serve_file["argv"], "model": model}:
         kind: Kind = "changed" if release else "created"
-        yield view.action("lmdeploy", kind, "/etc/deploy-dsv3/release.json", "it names what the host is to run")
+        why = "it names what the host is to run"
+        if release and before != name:
+            why += f": release {before or 'without a name'} → {name or 'without a name'}"
+        yield view.action("lmdeploy", kind, "/etc/deploy-dsv3/release.json", why)
 
 
 def _endpoint(view: View) -> Iterator[Action]:

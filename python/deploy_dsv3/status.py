@@ -385,7 +385,8 @@ def _headlines(replica: ReplicaStatus, now: float) -> Iterable[tuple[str, str]]:
         image = replica.release.get("image") or {}
         versions = replica.release.get("versions") or {}
         known = ", ".join(f"{name} {versions[name]}" for name in ("lmdeploy", "ray") if versions.get(name))
-        yield "release", " ".join(filter(None, (image.get("name", ""), image.get("digest", ""), known)))
+        named = f"{replica.release['name']}:" if replica.release.get("name") else ""
+        yield "release", " ".join(filter(None, (named, image.get("name", ""), image.get("digest", ""), known)))
 
 
 def _duration(seconds: float) -> str:

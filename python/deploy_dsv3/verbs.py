@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from deploy_dsv3 import content, inventory, progress, runner, settings, topology
+from deploy_dsv3 import content, inventory, progress, release, runner, settings, topology
 from deploy_dsv3.errors import (
     ConfigError,
     ConfigErrors,
@@ -92,12 +92,18 @@ def load(options: Options, *, whole_replicas: bool) -> Target:
     Raises:
         ConfigErrors: all mistakes at once.
     """
-    loaded = inventory.load(
-        options.inventories,
-        extra_vars=options.extra_vars,
-        vault=VaultOptions(password_files=options.vault_files, password=options.vault_password),
-    )
-    deployment, checked = check(loaded)
+    mistakes = release.check(options.release) if options.release else []
+    try:
+        loaded = inventory.load(
+            options.inventories,
+            extra_vars=options.variables,
+            vault=VaultOptions(password_files=options.vault_files, password=options.vault_password),
+        )
+        deployment, checked = check(loaded)
+    except ConfigErrors as problem:
+        raise ConfigErrors([*mistakes, *problem]) from problem
+    if mistakes:
+        raise ConfigErrors(mistakes)
     hosts = deployment.hosts
     if options.limit:
         chosen = set(loaded.select(options.limit))
@@ -419,7 +425,7 @@ def _play(
         inventories=options.inventories,
         hosts=len(target.hosts),
         extra_vars={**target.settings.extra_vars, **(extra_vars or {}), **ours},
-        user_extra_vars=options.extra_vars,
+        user_extra_vars=options.variables,
         limit=selected.limit if selected else options.limit,
         tags=selected.tags if selected else options.tags,
         skip_tags=options.skip_tags,
