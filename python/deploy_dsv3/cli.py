@@ -43,6 +43,7 @@ run again to continue.
 #: Verbs that live in other packages: ``name: (module:attribute, help)``.
 _LAZY = {
     "benchmark": ("deploy_dsv3.benchmark.commands:benchmark", "Measure the served model."),
+    "init": ("deploy_dsv3.draft.commands:init", "Write a first inventory, from flags or from answers."),
     "lab": ("deploy_dsv3.lab.commands:lab", "Rehearse on simulated hosts on this machine."),
 }
 

@@ -142,7 +142,7 @@ def collect(context: click.Context) -> Options:
     if not inventories:
         raise UsageError(
             "no inventory given",
-            remedy="Give one: --inventory PATH. Start from inventory/example/prod.ini.",
+            remedy="Give one: --inventory PATH. `deploy-dsv3 init` writes a first one.",
         )
     return Options(
         inventories=tuple(inventories),
