@@ -48,6 +48,7 @@ def entry(
             "stage": first.stage,
             "message": _first_line(first.message),
             "cause": first.cause,
+            "page": first.page,
         }
         if first
         else None,

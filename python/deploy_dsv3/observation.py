@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deploy_dsv3 import causes, content, observer
+from deploy_dsv3 import causes, content, observer, signatures
 from deploy_dsv3.interruption import end_children
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def command(settings: Mapping[str, Any], *, deep: bool) -> str:
         "cdi_spec_path": settings["nvidia_container_toolkit_cdi_spec_path"],
         "deep": deep,
         "probe": module("dsv3_probe"),
+        "phrases": signatures.searched_for(),
     }
     return carried(Path(observer.__file__).read_text(encoding="utf-8"), "observe", request)
 

@@ -6,13 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from deploy_dsv3 import content, inventory, progress, release, runner, settings, topology
+from deploy_dsv3 import content, inventory, progress, release, runbook, runner, settings, topology
 from deploy_dsv3.errors import (
     ConfigError,
     ConfigErrors,
@@ -21,7 +21,18 @@ from deploy_dsv3.errors import (
     UnreachableError,
     UsageError,
 )
-from deploy_dsv3.events import Failure, Finished, HostFailed, HostOk, HostStats, Outcome, Record, StageStarted
+from deploy_dsv3.events import (
+    Failure,
+    Finished,
+    HostFailed,
+    HostOk,
+    HostStats,
+    Outcome,
+    Record,
+    StageStarted,
+    explained,
+    recognised,
+)
 from deploy_dsv3.interruption import number_of
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
@@ -31,6 +42,10 @@ from deploy_dsv3.topology import Deployment
 if TYPE_CHECKING:
     from deploy_dsv3.observation import Observation
     from deploy_dsv3.plan import Plan
+
+
+#: Stages that fail for what the engine's log says.
+_ENGINE_STAGES = ("container", "ray", "engine", "first-token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,6 +464,7 @@ def _play(
                 outcome = _nothing_to_do(target, plan, show)
             else:
                 outcome = runner.run(job, log=log, on_record=show)
+            _ask_the_engine(target, options, outcome, log)
             if verify_after and outcome.exit_code == 0:
                 verification = _verify_stage(target, options, outcome, show)
             exit_code = outcome.exit_code
@@ -511,6 +527,28 @@ def _nothing_to_do(target: Target, plan: Plan, show: Callable[[Record], None]) -
     return outcome
 
 
+def _ask_the_engine(target: Target, options: Options, outcome: Outcome, log: runner.RunLog) -> None:
+    """Where a stage failed that the engine has a part in, add what its log says on any host of the replica."""
+    from deploy_dsv3 import engine_log
+
+    first = outcome.first
+    if first is None or first.stage not in _ENGINE_STAGES or first.unreachable:
+        return
+    try:
+        replica = target.deployment.replica_of(first.host)
+    except KeyError:
+        return
+    hosts = dict.fromkeys((first.host, *replica.hosts))
+    found = engine_log.look(hosts, target.plain_settings, target.connections(options))
+    if found is None:
+        return
+    host, match = found
+    said = log.strike_out(": ".join(filter(None, (match.where, match.line.strip()))))
+    outcome.failures[0] = explained(
+        replace(first, message=f"{first.message}\nThe engine's log on {host}: {said}"), match
+    )
+
+
 def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Callable[[Record], None]) -> Any:
     """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure."""
     from deploy_dsv3 import verification
@@ -535,9 +573,10 @@ def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Call
             code="verification",
             message="\n".join(f"{check.check}: {check.message}" for check in bad),
             remedy="`deploy-dsv3 verify` looks again; `deploy-dsv3 status` tells how it is doing.",
+            page=runbook.stage_page("verify"),
             unreachable=host in found.unreachable,
         )
-        tell(HostFailed(**common, failure=failure))
+        tell(HostFailed(**common, failure=replace(recognised(failure), code="verification")))
     outcome.close(time.time())
     return found
 

@@ -47,7 +47,13 @@ def test_how_it_ended(code: int, result: str) -> None:
 
 def test_a_failed_run_keeps_its_first_cause() -> None:
     kept = entry(4, failed())
-    assert kept["failure"] == {"host": "gpu-01", "stage": "ray", "message": "first cause", "cause": "a firewall"}
+    assert kept["failure"] == {
+        "host": "gpu-01",
+        "stage": "ray",
+        "message": "first cause",
+        "cause": "a firewall",
+        "page": "",
+    }
     assert kept["changed"] == {"gpu-01": 2}
 
 

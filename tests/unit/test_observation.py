@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy_dsv3 import content, inventory, observation, observer
+from deploy_dsv3 import content, inventory, observation, observer, signatures
 from deploy_dsv3.interruption import Terminated, terminable
 from deploy_dsv3.runner import Passwords
 
@@ -253,6 +253,52 @@ def test_a_secret_in_arguments_logs_or_files_is_found_and_not_repeated(tmp_path:
     }
     assert {leak["secret"] for leak in leaks} == {"ray_token, line 1"}
     assert secret not in json.dumps(leaks)
+
+
+RUNNING = {"State": {"Running": True, "StartedAt": "2026-01-01T00:00:00Z", "Health": {"Status": "healthy"}}}
+LOG = "starting\nCUDA Out Of Memory.\nquiet\nRayActorError: died\n" + "x" * 2000 + " out of memory\n"
+
+
+@pytest.mark.parametrize(
+    ("inspect", "phase", "read"),
+    [
+        (None, "", False),
+        (RUNNING, "serving", False),
+        (RUNNING, "ray-up", False),
+        (RUNNING, "degraded", True),
+        (RUNNING, "", True),
+        ({"State": {**RUNNING["State"], "Health": {"Status": "unhealthy"}}}, "serving", True),
+        ({"State": {**RUNNING["State"], "Running": False}}, "serving", True),
+    ],
+)
+def test_the_log_is_read_where_the_engine_is_not_well(
+    monkeypatch: pytest.MonkeyPatch, inspect: dict[str, Any] | None, phase: str, read: bool
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str]) -> dict[str, Any]:
+        asked.append(argv)
+        return {"rc": 0, "out": LOG, "err": ""}
+
+    monkeypatch.setattr(observer, "run", run)
+    found = observer.engine_log("lmdeploy", inspect, {"phase": phase}, ["out of memory", "rayactorerror"])
+    if not read:
+        assert found is None and asked == []
+        return
+    assert found and [number for number, _ in found["lines"]] == [2, 4, 5]
+    assert found["lines"][0][1] == "CUDA Out Of Memory." and len(found["lines"][2][1]) == observer.MAX_LINE
+    assert asked[0][:4] == ["docker", "logs", "--since", "2026-01-01T00:00:00Z"]
+
+
+def test_the_host_looks_for_every_phrase_of_the_catalogue() -> None:
+    """What the host sends is enough to recognise every line that the catalogue knows."""
+    wanted = signatures.searched_for()
+    for signature in signatures.SIGNATURES:
+        for phrase in signature.phrases:
+            line = phrase.replace("…", "between")
+            assert any(part in line.lower() for part in wanted)
+            match = signatures.first_cause([line])
+            assert match is not None
 
 
 def test_a_kept_secret_is_no_leak(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from converged_hosts import HEAD, SETTINGS, WORKER, Documents, bare, converged, inputs, nobody
 
-from deploy_dsv3 import cli, content, lock, probing, runner, verbs, verification, wanted
+from deploy_dsv3 import cli, content, lock, observation, probing, runner, verbs, verification, wanted
 from deploy_dsv3.errors import Interrupted, PreflightError, UnreachableError, UsageError
 from deploy_dsv3.events import Failure, HostOk, Outcome
 from deploy_dsv3.observation import Observation
@@ -223,6 +224,61 @@ class TestKeptPlan:
         with pytest.raises(PreflightError, match="gpu-02: kernel was"):
             deploy(inventory, planned=planned)
         assert stage.jobs == []
+
+
+class TestAFailingDeploy:
+    """What the engine's log says on any host of the replica is the first failure's cause."""
+
+    LINE = f"ValueError: Attempted to load weight (torch.Size([8])) into parameter, key {KEY}"
+
+    @pytest.fixture
+    def logs(self, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+        """The hosts that were looked at; the worker's log has a cause, the head's its echo."""
+        asked: list[set[str]] = []
+        lines = {HEAD: "NCCL WARN remote process exited or there was a network error", WORKER: self.LINE}
+
+        def look(connections: Any, settings: Any, *, deep: bool) -> dict[str, Observation]:
+            asked.append(set(connections))
+            return {host: Observation(host=host, seen={"log": {"lines": [[7, lines[host]]]}}) for host in connections}
+
+        monkeypatch.setattr(observation, "look", look)
+        return asked
+
+    @pytest.mark.parametrize("stage_name", ["container", "ray", "engine", "first-token"])
+    def test_is_told_the_first_cause(
+        self, stage: Stage, inventory: Path, logs: list[set[str]], stage_name: str
+    ) -> None:
+        failure = Failure(host=HEAD, stage=stage_name, task="Wait", message="it did not come up", cause="a guess")
+        stage.outcome = Outcome(failures=[failure], finished=True)
+        result = deploy(inventory, full=True)
+        (told,) = result.document["failures"]
+        assert result.exit_code == 4 and logs == [{HEAD, WORKER}]
+        assert (told["host"], told["code"]) == (HEAD, "missing-shards")
+        assert told["page"] == "docs/runbooks/troubleshooting.md#missing-shards"
+        assert f"The engine's log on {WORKER}: line 7: ValueError: Attempted to load weight" in told["message"]
+        assert KEY not in json.dumps(result.document)
+        assert stage.line["failure"]["page"] == told["page"]
+        stream = io.StringIO()
+        result.render(stream)
+        assert "missing-shards" in stream.getvalue() and "a guess" not in stream.getvalue()
+
+    @pytest.mark.parametrize(("stage_name", "unreachable"), [("host", False), ("preflight", False), ("engine", True)])
+    def test_hosts_are_not_asked_for_what_the_engine_has_no_part_in(
+        self, stage: Stage, inventory: Path, logs: list[set[str]], stage_name: str, unreachable: bool
+    ) -> None:
+        failure = Failure(host=HEAD, stage=stage_name, task="x", message="no", unreachable=unreachable)
+        stage.outcome = Outcome(failures=[failure], finished=True)
+        deploy(inventory, full=True)
+        assert logs == []
+
+    def test_a_check_that_quotes_the_log_is_recognised(
+        self, stage: Stage, inventory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bad = Check(host=WORKER, suite="container", check="x", outcome="failed", seconds=0, message=self.LINE)
+        monkeypatch.setattr(verification, "verify", lambda *_, **__: VerificationReport(checks=(bad,), seconds=1))
+        (told,) = deploy(inventory).document["failures"]
+        assert (told["code"], told["stage"]) == ("verification", "verify")
+        assert told["page"].endswith("#missing-shards") and told["cause"]
 
 
 class TestLock:
