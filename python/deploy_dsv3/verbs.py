@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -499,6 +500,9 @@ def _play(
         verification=verification,
         log=log.directory,
     )
+    told = io.StringIO()
+    report_module.render(report, told)
+    log.conclude(told.getvalue())
     return Result(
         exit_code=report.exit_code,
         document=report.as_dict(),

@@ -76,7 +76,7 @@ def shown(*runs: dict[str, object]) -> str:
 
 def test_the_list() -> None:
     text = shown(entry(0), entry(4, failed()))
-    assert text.count("deploy") == 2 and "1m01s" in text
+    assert text.count(MINE.run) == 2 and "deploy" in MINE.run and "1m01s" in text
     assert "plan: 2 created" in text and "failed (4)" in text and "ray, gpu-01: first cause" in text
 
 

@@ -262,6 +262,19 @@ class TestAFailingDeploy:
         result.render(stream)
         assert "missing-shards" in stream.getvalue() and "a guess" not in stream.getvalue()
 
+    def test_its_log_shows_the_first_cause_and_no_secret(
+        self, stage: Stage, inventory: Path, logs: list[set[str]]
+    ) -> None:
+        failures = [
+            Failure(host=HEAD, stage="engine", task="Wait", message="the engine does not serve"),
+            Failure(host=WORKER, stage="engine", task="Wait", message="stopped: another host failed"),
+        ]
+        stage.outcome = Outcome(failures=failures, finished=True)
+        kept = (Path(deploy(inventory, full=True).document["log"]) / "report.txt").read_text()
+        assert kept.index("FAILED stage engine, host gpu-01") < kept.index("also gpu-02")
+        assert kept.index("The engine's log on gpu-02: line 7") < kept.index("stopped: another host failed")
+        assert "#missing-shards" in kept and KEY not in kept
+
     @pytest.mark.parametrize(("stage_name", "unreachable"), [("host", False), ("preflight", False), ("engine", True)])
     def test_hosts_are_not_asked_for_what_the_engine_has_no_part_in(
         self, stage: Stage, inventory: Path, logs: list[set[str]], stage_name: str, unreachable: bool
