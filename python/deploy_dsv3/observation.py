@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,11 @@ def connect_address(host: str, connection: Mapping[str, Any]) -> str:
 
 
 def look(
-    connections: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Mapping[str, Any]], *, deep: bool
+    connections: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    deep: bool,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Observation]:
     """Look at every host of `connections`.
 
@@ -130,8 +134,14 @@ def look(
         connections: as `connections` gives them.
         settings: each host's settings by name.
         deep: also what takes seconds on a host, see `deploy_dsv3.observer.observe`.
+        facts: of hosts whose facts were read a moment ago, these; they are not read again.
     """
-    return ask(connections, {host: command(settings[host], deep=deep) for host in connections})
+    known = facts or {}
+    commands = {host: command(settings[host], deep=deep, facts=host not in known) for host in connections}
+    return {
+        host: replace(one, seen={**one.seen, "facts": known[host]}) if one.reached and host in known else one
+        for host, one in ask(connections, commands).items()
+    }
 
 
 def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str]) -> dict[str, Observation]:
@@ -173,12 +183,15 @@ def _nothing_left(pool: ThreadPoolExecutor) -> Iterator[None]:
         raise
 
 
-def command(settings: Mapping[str, Any], *, deep: bool) -> str:
-    """The shell command that prints a host's observation as one line of JSON, as root."""
+def command(settings: Mapping[str, Any], *, deep: bool, facts: bool = True) -> str:
+    """The shell command that prints a host's observation as one line of JSON, as root; without `facts` those are
+    left out.
+    """
     request = {
         "container": settings["engine_container_name"],
         "cdi_spec_path": settings["nvidia_container_toolkit_cdi_spec_path"],
         "deep": deep,
+        "facts": facts,
         "probe": module("dsv3_probe"),
         "phrases": signatures.searched_for(),
     }

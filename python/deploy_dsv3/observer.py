@@ -285,7 +285,8 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         request: ``container`` (its name), ``probe`` (source of the probe), ``cdi_spec_path``, and ``deep``:
             whether to read also what takes seconds (the cluster as seen from inside the container, packages,
-            leaks). ``config`` and ``state`` are the deployment's folders where they are not the usual ones.
+            leaks). ``facts`` false leaves out what the probe reads, for who has just read it. ``config`` and
+            ``state`` are the deployment's folders where they are not the usual ones.
     """
     config, state = request.get("config", CONFIG), request.get("state", STATE)
     probe = types.ModuleType("dsv3_probe")
@@ -302,8 +303,12 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
     shallow = ["os", "gpus", "driver", "docker", "deployment"]
     shallow += ["cdi", "infiniband", "state"]
     only = [] if request["deep"] else shallow
-    read("facts", lambda: probe.probe({"only": only}))
-    if seen.get("facts", {}).get("docker", {}).get("running"):
+    if request.get("facts", True):
+        read("facts", lambda: probe.probe({"only": only}))
+        docker_runs = bool(seen.get("facts", {}).get("docker", {}).get("running"))
+    else:
+        docker_runs = Path(DOCKER_SOCKET).exists()
+    if docker_runs:
         read("container", lambda: container(probe, request["container"]))
     else:
         seen["container"] = {"inspect": None, "image": None}

@@ -43,6 +43,7 @@ from deploy_dsv3.topology import Deployment
 if TYPE_CHECKING:
     from deploy_dsv3.observation import Observation
     from deploy_dsv3.plan import Plan
+    from deploy_dsv3.probing import Fleet
 
 
 #: Stages that fail for what the engine's log says.
@@ -178,7 +179,7 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
     from deploy_dsv3 import plan_file
 
     target = load(options, whole_replicas=True)
-    made = None if options.check and not planned else _plan(target, options)
+    made, fleet = (None, None) if options.check and not planned else _plan(target, options)
     if made and planned:
         plan_file.check(made, planned)
     elif made:
@@ -189,7 +190,7 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
         options,
         target,
         plan=made,
-        converged=bool(made and made.converged) and not whole,
+        unchanged=fleet if made and made.converged and not whole else None,
         selected=_selection(made) if made and made.selectable and not whole else None,
         verify_after=_stage_is_wanted("verify", options) and not options.check,
     )
@@ -232,7 +233,7 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     from deploy_dsv3 import plan_file, plan_text
 
     target = load(options, whole_replicas=True)
-    made = _plan(target, options)
+    made, _ = _plan(target, options)
     if out:
         plan_file.save(made, out)
     return Result(
@@ -242,11 +243,13 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     )
 
 
-def _plan(target: Target, options: Options) -> Plan:
+def _plan(target: Target, options: Options) -> tuple[Plan, Fleet]:
+    """The plan, and the hosts as they were seen for it."""
     from deploy_dsv3 import plan, probing
 
     fleet = probing.probe(target.plain_settings, target.connections(options))
-    return plan.make(target.deployment, fleet.hosts, unreachable=fleet.unreachable, warnings=target.warnings)
+    made = plan.make(target.deployment, fleet.hosts, unreachable=fleet.unreachable, warnings=target.warnings)
+    return made, fleet
 
 
 def history(options: Options) -> Result:
@@ -423,12 +426,12 @@ def _play(
     target: Target,
     *,
     plan: Plan | None = None,
-    converged: bool = False,
+    unchanged: Fleet | None = None,
     selected: Selection | None = None,
     extra_vars: Mapping[str, Any] | None = None,
     verify_after: bool = False,
 ) -> Result:
-    """Run a verb's playbook under the deployment's lock, and verify; where all is `converged`, only verify."""
+    """Run a verb's playbook under the deployment's lock, and verify; hosts that are `unchanged` are only verified."""
     from deploy_dsv3 import history, lock, plan_text
     from deploy_dsv3 import report as report_module
 
@@ -453,7 +456,7 @@ def _play(
     outcome: Outcome | None = None
     verification: Any = None
     exit_code = InternalError.exit_code
-    keeper = lock.Keeper(mine, _heads(target, options), locks=not converged)
+    keeper = lock.Keeper(mine, _heads(target, options), locks=unchanged is None)
     with log, progress.choose(target.hosts, json=options.json) as shown, keeper:
 
         def show(record: Record) -> None:
@@ -461,13 +464,14 @@ def _play(
             shown.show(record)
 
         try:
-            if plan and converged:
+            if plan and unchanged:
                 outcome = _nothing_to_do(target, plan, show)
             else:
                 outcome = runner.run(job, log=log, on_record=show)
             _ask_the_engine(target, options, outcome, log)
             if verify_after and outcome.exit_code == 0:
-                verification = _verify_stage(target, options, outcome, show)
+                facts = unchanged.documents if unchanged else {}
+                verification = _verify_stage(target, options, outcome, show, facts=facts)
             exit_code = outcome.exit_code
         except KeyboardInterrupt as error:
             stopped = Interrupted(number_of(error))
@@ -553,8 +557,19 @@ def _ask_the_engine(target: Target, options: Options, outcome: Outcome, log: run
     )
 
 
-def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Callable[[Record], None]) -> Any:
-    """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure."""
+def _verify_stage(
+    target: Target,
+    options: Options,
+    outcome: Outcome,
+    show: Callable[[Record], None],
+    *,
+    facts: Mapping[str, Mapping[str, Any]],
+) -> Any:
+    """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure.
+
+    Args:
+        facts: of hosts that this run did not change, as it read them.
+    """
     from deploy_dsv3 import verification
 
     def tell(record: Record) -> None:
@@ -562,7 +577,7 @@ def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Call
         show(record)
 
     tell(StageStarted(time=time.time(), stage="verify", title="every host and the endpoint, as clients see it"))
-    found = verification.verify(target.deployment, target.plain_settings, target.connections(options))
+    found = verification.verify(target.deployment, target.plain_settings, target.connections(options), facts=facts)
     for host in target.hosts:
         bad = [check for check in found.failures if check.host == host]
         task = f"{sum(check.host == host for check in found.checks)} checks"

@@ -102,7 +102,8 @@ class VerificationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectations:
-    """What the suites are told: the deployment, each host's settings and how to connect to it.
+    """What the suites are told: the deployment, each host's settings and how to connect to it; its facts where they
+    were read a moment ago.
 
     It holds secrets (keys, passwords): as a file it is readable by its owner only, and short-lived.
     """
@@ -110,6 +111,7 @@ class Expectations:
     deployment: Deployment
     settings: Mapping[str, Mapping[str, Any]] = field(repr=False)
     connections: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     def write(self, path: Path) -> None:
         """Write it to a new file of mode 0600."""
@@ -121,6 +123,7 @@ class Expectations:
             ],
             "settings": self.settings,
             "connections": self.connections,
+            "facts": self.facts,
         }
         path.touch(mode=0o600, exist_ok=False)
         path.write_text(json.dumps(document), encoding="utf-8")
@@ -137,6 +140,7 @@ class Expectations:
             deployment=Deployment(replicas=tuple(replicas)),
             settings=document["settings"],
             connections=document["connections"],
+            facts=document["facts"],
         )
 
 
@@ -145,6 +149,7 @@ def verify(
     settings: Mapping[str, Mapping[str, Any]],
     connections: Mapping[str, Mapping[str, Any]],
     *,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
     junit: Path | None = None,
     suites: Path | None = None,
 ) -> VerificationReport:
@@ -154,6 +159,7 @@ def verify(
         deployment: the replicas to verify; already narrowed by ``--limit``.
         settings: each host's settings by name, defaults included.
         connections: each host's variables for connecting, see `observation.connections`.
+        facts: of hosts that were probed a moment ago and not changed since, what was read.
         junit: where to write the checks as JUnit XML, if anywhere.
         suites: the folder of the suites, where it is not the product's own.
 
@@ -164,6 +170,7 @@ def verify(
         deployment=deployment,
         settings={host: settings[host] for host in deployment.hosts},
         connections={host: connections[host] for host in deployment.hosts},
+        facts={host: found for host, found in (facts or {}).items() if host in deployment.hosts},
     )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as folder:

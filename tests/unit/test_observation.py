@@ -48,6 +48,14 @@ def test_a_shallow_look_leaves_out_what_takes_time() -> None:
     assert not {"leaks", "files", "commands", "inside"} & set(look(LOCAL).seen)
 
 
+def test_facts_that_were_read_a_moment_ago_are_not_read_again() -> None:
+    known = {"here": {"hostname": "as told before"}}
+    connections = {"here": LOCAL, "there": LOCAL}
+    seen = observation.look(connections, dict.fromkeys(connections, SETTINGS), deep=False, facts=known)
+    assert seen["here"].seen["facts"] == known["here"] and seen["here"].seen["units"] is not None
+    assert seen["there"].seen["facts"]["hostname"] == socket.gethostname()
+
+
 def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_the_others() -> None:
     connections: dict[str, dict[str, Any]] = {
         "away": {"ansible_host": "127.0.0.1", "ansible_port": 1},

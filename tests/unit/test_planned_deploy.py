@@ -37,10 +37,11 @@ class Stage:
         self.asked: list[dict[str, Any]] = []
         self.questions: list[str] = []
         self.answer = True
+        self.facts: Any = None
 
     def probe(self, settings: Any, connections: Any) -> Fleet:
         hosts = inputs(self.documents)
-        return Fleet(hosts={host: hosts[host] for host in connections})
+        return Fleet(hosts={host: hosts[host] for host in connections}, documents=self.documents)
 
     def run(self, job: runner.Job, *, log: Any, on_record: Any) -> Outcome:
         self.jobs.append(job)
@@ -70,11 +71,16 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
     """Two hosts as the last deploy left them, and nobody at a terminal."""
     found = Stage()
     checks = [Check(host=host, suite="host", check="x", outcome="passed", seconds=0) for host in (HEAD, WORKER)]
+
+    def verify(*_: Any, facts: Any, **__: Any) -> VerificationReport:
+        found.facts = facts
+        return VerificationReport(checks=tuple(checks), seconds=1)
+
     monkeypatch.setattr(probing, "probe", found.probe)
     monkeypatch.setattr(runner, "run", found.run)
     monkeypatch.setattr(lock, "ask", found.ask)
     monkeypatch.setattr(click, "confirm", found.confirm)
-    monkeypatch.setattr(verification, "verify", lambda *_, **__: VerificationReport(checks=tuple(checks), seconds=1))
+    monkeypatch.setattr(verification, "verify", verify)
     monkeypatch.setattr(verbs, "_somebody_is_there", lambda: False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return found
@@ -102,6 +108,12 @@ class TestNothingToDo:
         assert result.document["verification"]["passed"] is True
         assert {host: stats["changed"] for host, stats in result.document["hosts"].items()} == {HEAD: 0, WORKER: 0}
         assert result.document["replicas"][0]["endpoint"] == "http://198.18.0.11:8000"
+
+    def test_what_the_plan_has_read_is_not_read_again(self, stage: Stage, inventory: Path) -> None:
+        deploy(inventory)
+        assert stage.facts == stage.documents
+        deploy(inventory, full=True)
+        assert stage.facts == {}, "roles have run since"
 
     def test_the_run_is_remembered(self, stage: Stage, inventory: Path) -> None:
         deploy(inventory)
