@@ -31,7 +31,6 @@ _COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
     "engine_image": frozenset(
         ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))
     ),
-    "lmdeploy": frozenset(("lmdeploy_release_name",)),
 }
 _COMPARED_NODE = frozenset({"devices", "environment", "node_file", "serve_file"})
 # What a changed input of a role means, in words.
@@ -109,6 +108,7 @@ class View:
         self.is_head = known.host == replica.head
         self.state = drift.state_of(facts, node.container_name)
         self.manifest = manifest.load(facts)
+        self._node = node.to_json()
         self.drift = drift.find(self.host, self.manifest.state, self.state) if self.manifest else []
 
     @property
@@ -134,7 +134,7 @@ class View:
     def inputs(self, role: str) -> dict[str, Any]:
         """What a role would be given now."""
         salt = self.manifest.salt if self.manifest else ""
-        return wanted.inputs(role, self.settings, self.node.to_json(), salt=salt)
+        return wanted.inputs(role, self.settings, self._node, salt=salt)
 
     def has_file(self, path: str) -> bool:
         return f"file {path}" in self.state

@@ -219,7 +219,7 @@ def carried(source: str, function: str, request: Mapping[str, Any]) -> str:
     )
     return (
         'become=; [ "$(id -u)" = 0 ] || become="sudo -n"; '
-        f"$become timeout -k 5 {TIMEOUT_S} python3 -c {shlex.quote(program)}"
+        f"$become timeout -k 5 {TIMEOUT_S} python3 -IS -c {shlex.quote(program)}"
     )
 
 
