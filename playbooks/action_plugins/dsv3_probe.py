@@ -35,6 +35,7 @@ class ActionModule(ActionBase):
         _, arguments = self.validate_argument_spec(
             {
                 "paths": {"type": "list", "elements": "str", "default": []},
+                "model": {"type": "str", "default": ""},
                 "reach": {"type": "list", "elements": "dict", "default": []},
                 "only": {"type": "list", "elements": "str", "default": []},
             }
@@ -42,7 +43,7 @@ class ActionModule(ActionBase):
         arguments = hostvars.plain(arguments)
         host = variables["inventory_hostname"]
         if not arguments["only"] and not arguments["paths"]:
-            arguments["paths"] = _paths(host, variables)
+            arguments |= _paths(host, variables)
         facts, measured = self._probe(host, arguments, variables)
         known = hostvars.plain(hostvars.fact(variables, "dsv3_facts") or {})
         if known.get("clock"):
@@ -99,10 +100,11 @@ class ActionModule(ActionBase):
         )
 
 
-def _paths(host: str, variables: dict[str, Any]) -> list[str]:
-    """Return the paths whose disks preflight judges; they are settings of other roles."""
+def _paths(host: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the paths whose disks preflight judges, and where the model is; they are settings of other roles."""
     try:
         settings = hostvars.settings_of(variables["hostvars"], host)
     except hostvars.SettingError as error:
         raise AnsibleActionFail(str(error)) from error
-    return [settings["docker_engine_data_path"], settings["model_weights_path"]]
+    model = settings["model_weights_path"]
+    return {"paths": [settings["docker_engine_data_path"], model], "model": model}

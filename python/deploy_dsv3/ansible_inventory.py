@@ -471,7 +471,8 @@ class _Views:
             file=shown,
             line=line,
             source=source,
-            vaulted=vaulted,
+            # Of an encrypted file Ansible marks the whole, and not each value.
+            vaulted=vaulted or _peek(file).startswith(inventory_text.VAULT_HEADER),
             templated=templated,
             pending=pending,
             error=error,

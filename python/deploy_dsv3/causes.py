@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploy_dsv3 import runbook
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
@@ -27,6 +29,11 @@ class Cause:
     cause: str
     remedy: str
     unreachable: bool = False
+
+    @property
+    def page(self) -> str:
+        """File and anchor of its section in the runbook."""
+        return f"{runbook.FAILED_RUNS}#{self.code}"
 
 
 def _known(code: str, pattern: str, cause: str, remedy: str, *, unreachable: bool = False) -> Cause:

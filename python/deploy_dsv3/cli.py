@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import click
 
 from deploy_dsv3 import __version__
 from deploy_dsv3.errors import DeployError, InternalError, Interrupted
+from deploy_dsv3.interruption import Stop, terminable
 from deploy_dsv3.options import collect, inventory_options, is_given, run_options
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ run again to continue.
 #: Verbs that live in other packages: ``name: (module:attribute, help)``.
 _LAZY = {
     "benchmark": ("deploy_dsv3.benchmark.commands:benchmark", "Measure the served model."),
+    "init": ("deploy_dsv3.draft.commands:init", "Write a first inventory, from flags or from answers."),
     "lab": ("deploy_dsv3.lab.commands:lab", "Rehearse on simulated hosts on this machine."),
 }
 
@@ -233,13 +236,18 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit status, see `deploy_dsv3.errors`.
     """
+    with terminable() as stop:
+        return _run(argv, stop)
+
+
+def _run(argv: Sequence[str], stop: Stop) -> int:
     as_json = "--json" in argv
     try:
         status = cli.main(args=list(argv), prog_name="deploy-dsv3", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
-        return _fail(Interrupted(2), as_json=as_json)
+        return _fail(Interrupted(stop.signal_number or signal.SIGINT), as_json=as_json)
     except click.UsageError as error:
         if as_json:
             _print_json({"schema": 1, "exit_code": 2, "error": {"message": error.format_message(), "remedy": ""}})

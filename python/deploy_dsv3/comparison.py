@@ -45,9 +45,14 @@ _SUBJECTS: Mapping[str, str] = {
 }
 # The launcher reads these when it starts; the role restarts the container for them.
 _READ_AT_START = ("launcher.py", "node.json", "secrets/ray_token")
+# And this one whenever it is written anew: it restarts the server for it.
+_WATCHED = "serve.json"
 _ENGINE = "/etc/deploy-dsv3/engine"
+_READ = tuple(f"{_ENGINE}/{name}" for name in (*_READ_AT_START, _WATCHED))
 _DAEMON_JSON = "/etc/docker/daemon.json"
 _ENDPOINT_UNIT = "/etc/systemd/system/dsv3-endpoint.service"
+# Roles that say whose their files are; the others leave an owner as they find it.
+_OWNERS = ("engine", "lmdeploy", "endpoint")
 # Packages that have another name in the plan of a host without them.
 _PACKAGES: Mapping[str, str] = {
     "package haproxy": "HAProxy",
@@ -103,6 +108,7 @@ class View:
         self.is_head = known.host == replica.head
         self.state = drift.state_of(facts, node.container_name)
         self.manifest = manifest.load(facts)
+        self._node = node.to_json()
         self.drift = drift.find(self.host, self.manifest.state, self.state) if self.manifest else []
 
     @property
@@ -128,7 +134,7 @@ class View:
     def inputs(self, role: str) -> dict[str, Any]:
         """What a role would be given now."""
         salt = self.manifest.salt if self.manifest else ""
-        return wanted.inputs(role, self.settings, self.node.to_json(), salt=salt)
+        return wanted.inputs(role, self.settings, self._node, salt=salt)
 
     def has_file(self, path: str) -> bool:
         return f"file {path}" in self.state
@@ -171,13 +177,14 @@ def _put_back(view: View, role: str) -> Iterator[Action]:
     for one in view.drift:
         if one.role == role and _makes_again(view, one):
             subject = _subject_of(view, one.key)
-            in_place = one.key in _CHANGED_IN_PLACE
+            # A file of the same content is older than the container that reads it, whatever its rights.
+            in_place = one.key in _CHANGED_IN_PLACE or one.same_content
             yield view.action(
                 role,
                 "changed" if one.found else "created",
                 subject,
                 f"changed by hand: {one}",
-                stops=not in_place and subject in (_container(view), *(f"{_ENGINE}/{name}" for name in _READ_AT_START)),
+                stops=not in_place and subject in (_container(view), *_READ),
             )
 
 
@@ -191,6 +198,8 @@ def _makes_again(view: View, one: Drift) -> bool:
         case "package":
             # A package of any version is present; only the fabric manager's version is the driver's.
             return not one.found or one.role == "fabric_manager"
+        case "file" if one.same_content:
+            return not one.same_mode or one.role in _OWNERS
         case "file":
             # Role engine_image starts from its record, and role engine takes the head's token as it is.
             kept = one.key.endswith("/image.json") or (view.is_head and one.key.endswith("/ray_token"))
@@ -352,9 +361,13 @@ def _lmdeploy(view: View) -> Iterator[Action]:
     release = view.facts.deployment.release or {}
     said = {"argv": release.get("serve", {}).get("argv"), "model": release.get("model")}
     model = {"name": view.node.served_model, "path": view.node.model_path}
-    if said != {"argv": serve_file["argv"], "model": model}:
+    before, name = str(release.get("name") or ""), view.settings["lmdeploy_release_name"]
+    if before != name or said != {"argv": serve_file["argv"], "model": model}:
         kind: Kind = "changed" if release else "created"
-        yield view.action("lmdeploy", kind, "/etc/deploy-dsv3/release.json", "it names what the host is to run")
+        why = "it names what the host is to run"
+        if release and before != name:
+            why += f": release {before or 'without a name'} → {name or 'without a name'}"
+        yield view.action("lmdeploy", kind, "/etc/deploy-dsv3/release.json", why)
 
 
 def _endpoint(view: View) -> Iterator[Action]:
@@ -400,10 +413,12 @@ def _restarts(view: View, role: str, actions: Sequence[Action]) -> Iterator[Acti
         effect = "containers go on" if live else "running containers stop: docker_engine_allow_restart is needed"
         yield view.action(role, "restarted", "Docker", f"daemon.json changes; {effect}", stops=not live)
     if role == "engine" and container not in subjects:
-        files = [name for name in _READ_AT_START if f"{_ENGINE}/{name}" in subjects]
+        # Those whose rights alone change are not read again.
+        files = [name for name in _READ_AT_START if (one := subjects.get(f"{_ENGINE}/{name}")) and one.stops]
         if files and view.container is not None:
             yield view.action(role, "restarted", container, f"it reads {', '.join(files)} at its start", stops=True)
-    if role == "lmdeploy" and view.facts.deployment.serve_file and f"{_ENGINE}/serve.json" in subjects:
+    command = subjects.get(f"{_ENGINE}/{_WATCHED}")
+    if role == "lmdeploy" and view.facts.deployment.serve_file and command and command.stops:
         yield view.action(role, "restarted", "lmdeploy serve", "the launcher starts the new command", stops=True)
     if role == "endpoint" and _ENDPOINT_UNIT in subjects and view.facts.deployment.endpoint:
         yield view.action(role, "restarted", "dsv3-endpoint.service", "its unit changes")

@@ -76,6 +76,18 @@ class Drift:
     recorded: str
     found: str
 
+    @property
+    def same_content(self) -> bool:
+        """Whether it is a file of which only mode or owner differ."""
+        if self.kind != "file" or not (self.recorded and self.found):
+            return False
+        return self.recorded.split(" ", 2)[2] == self.found.split(" ", 2)[2]
+
+    @property
+    def same_mode(self) -> bool:
+        """Whether it is a file whose mode was left alone."""
+        return self.kind == "file" and self.recorded.split(" ")[0] == self.found.split(" ")[0]
+
     def as_dict(self) -> dict[str, Any]:
         """The difference for ``--json``."""
         return asdict(self)

@@ -13,13 +13,17 @@ import time as clock
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deploy_dsv3 import runbook
 from deploy_dsv3.causes import diagnose
 from deploy_dsv3.findings import Finding
 
+if TYPE_CHECKING:
+    from deploy_dsv3.signatures import Match
+
 #: Stages of a deployment in their order; `verify` runs after the playbook, in Python.
-STAGES = ("preflight", "host", "image", "weights", "container", "ray", "engine", "first-token", "verify")
+STAGES = runbook.STAGES
 
 # That a group of the convention is not used by this inventory, and what Ansible does to every new host.
 _NOISE = (
@@ -110,6 +114,7 @@ class Failure:
         message: what was found, the module's own words.
         cause: the likely cause, in a sentence; empty if unknown.
         remedy: what to do; empty if unknown.
+        page: file and anchor of the runbook that says more.
         unreachable: whether the host could not be reached or logged into.
         findings: all findings of ours in the result.
     """
@@ -122,6 +127,7 @@ class Failure:
     message: str
     cause: str = ""
     remedy: str = ""
+    page: str = ""
     unreachable: bool = False
     findings: tuple[Finding, ...] = ()
 
@@ -251,6 +257,7 @@ class Translator:
             message=message,
             cause=cause,
             remedy=remedy,
+            page=runbook.stage_page(self._stage),
             unreachable=unreachable,
             findings=findings,
         )
@@ -262,12 +269,14 @@ class Translator:
                 code=known.code,
                 cause=known.cause,
                 remedy=known.remedy.replace("HOST", host),
+                page=known.page,
                 unreachable=unreachable or known.unreachable,
             )
         own = [finding for finding in findings if finding.severity == "error"]
         if own:
-            return replace(failure, code=own[0].code, cause=own[0].cause, remedy=own[0].remedy)
-        return _by_signature(failure)
+            page = runbook.LOCK if own[0].code == LOCKED else runbook.FINDINGS
+            return replace(failure, code=own[0].code, cause=own[0].cause, remedy=own[0].remedy, page=page)
+        return recognised(failure)
 
 
 def wait_detail(result: Mapping[str, Any]) -> str:
@@ -305,15 +314,18 @@ def told(message: str) -> tuple[str, str, str]:
     return found.strip(), cause.strip().rstrip("."), remedy.strip()
 
 
-def _by_signature(failure: Failure) -> Failure:
+def recognised(failure: Failure) -> Failure:
     """The failure with the cause that a line of the engine's log in its message is known for."""
     from deploy_dsv3 import signatures
 
     match = signatures.first_cause(failure.message.splitlines())
-    if match is None:
-        return failure
+    return explained(failure, match) if match else failure
+
+
+def explained(failure: Failure, match: Match) -> Failure:
+    """The failure with the cause that a line of a log tells."""
     known = match.signature
-    return replace(failure, code=known.id, cause=known.cause, remedy=f"{known.remedy} See {known.page}.")
+    return replace(failure, code=known.id, cause=known.cause, remedy=known.remedy, page=known.page)
 
 
 def failure_message(result: Mapping[str, Any]) -> str:

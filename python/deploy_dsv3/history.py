@@ -48,6 +48,7 @@ def entry(
             "stage": first.stage,
             "message": _first_line(first.message),
             "cause": first.cause,
+            "page": first.page,
         }
         if first
         else None,
@@ -68,14 +69,15 @@ def render(runs: Iterable[Mapping[str, Any]], stream: TextIO) -> None:
 
     console = Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else 240)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("when", "verb", "who", "took", "result", "changed", "what"):
+    for column in ("when", "run", "who", "took", "result", "changed", "what"):
         table.add_column(column, no_wrap=column != "what")
     for run in runs:
         result = str(run.get("result", ""))
         good = result == "done"
         table.add_row(
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_number(run.get("started")))),
-            str(run.get("verb", "")),
+            # The id has the verb in it.
+            str(run.get("run", "")),
             f"{run.get('who', '')}@{run.get('host', '')}",
             duration(_number(run.get("seconds"))),
             Text(result if good else f"{result} ({run.get('exit_code')})", style="green" if good else "red"),

@@ -176,7 +176,7 @@ def check_hosts(inventory: Inventory, hosts: Iterable[str]) -> list[ConfigError]
             "key": "ansible_host" if connection else host,
             "host": host,
         }
-        problem = _address_problem(address)
+        problem = address_problem(address)
         if problem:
             errors.append(
                 ConfigError(
@@ -232,7 +232,8 @@ def _optional(inventory: Inventory, host: str, name: str) -> Variable | None:
         return None
 
 
-def _address_problem(address: str) -> str:
+def address_problem(address: str) -> str:
+    """What is wrong with an IP address or host name; empty if nothing is."""
     if not address or address.strip() != address or re.search(r"[\s{}/\\$;|&<>`'\"()]", address):
         return "it has characters that no address has" if address else "it is empty"
     if re.fullmatch(r"[\d.]+", address) or ":" in address:

@@ -111,7 +111,8 @@ def check_yaml(path: Path, text: str, *, variables: bool) -> list[ConfigError]:
         ]
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         return [ConfigError(message=f"this is not valid YAML: {_first_line(error)}", file=str(path))]
-    if node is None:
+    # With "---" and nothing but comments after it there is a node: that of nothing.
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null" and not node.value):
         return [] if variables else [empty(path)]
     if not isinstance(node, yaml.MappingNode):
         return [

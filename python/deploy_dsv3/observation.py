@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deploy_dsv3 import causes, content, observer
+from deploy_dsv3 import causes, content, observer, signatures
+from deploy_dsv3.interruption import end_children
 
 if TYPE_CHECKING:
     from deploy_dsv3.inventory import Inventory
@@ -120,7 +122,11 @@ def connect_address(host: str, connection: Mapping[str, Any]) -> str:
 
 
 def look(
-    connections: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Mapping[str, Any]], *, deep: bool
+    connections: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    deep: bool,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Observation]:
     """Look at every host of `connections`.
 
@@ -128,8 +134,14 @@ def look(
         connections: as `connections` gives them.
         settings: each host's settings by name.
         deep: also what takes seconds on a host, see `deploy_dsv3.observer.observe`.
+        facts: of hosts whose facts were read a moment ago, these; they are not read again.
     """
-    return ask(connections, {host: command(settings[host], deep=deep) for host in connections})
+    known = facts or {}
+    commands = {host: command(settings[host], deep=deep, facts=host not in known) for host in connections}
+    return {
+        host: replace(one, seen={**one.seen, "facts": known[host]}) if one.reached and host in known else one
+        for host, one in ask(connections, commands).items()
+    }
 
 
 def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str]) -> dict[str, Observation]:
@@ -145,7 +157,7 @@ def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str
     with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as folder:
         inventory = Path(folder) / "inventory.yml"
         _write_inventory(inventory, variables)
-        with ThreadPoolExecutor(max_workers=_MAX_PARALLEL) as pool:
+        with ThreadPoolExecutor(max_workers=_MAX_PARALLEL) as pool, _nothing_left(pool):
             # Started first: it takes the longest.
             others = pool.submit(_look_with_ansible, inventory, {host: commands[host] for host in by_ansible})
             runner = _testinfra_runner(inventory, variables)
@@ -160,13 +172,28 @@ def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str
     return {host: seen[host] for host in variables}
 
 
-def command(settings: Mapping[str, Any], *, deep: bool) -> str:
-    """The shell command that prints a host's observation as one line of JSON, as root."""
+@contextmanager
+def _nothing_left(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Whoever is stopped while hosts are asked does not wait for their answers."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_children()
+        raise
+
+
+def command(settings: Mapping[str, Any], *, deep: bool, facts: bool = True) -> str:
+    """The shell command that prints a host's observation as one line of JSON, as root; without `facts` those are
+    left out.
+    """
     request = {
         "container": settings["engine_container_name"],
         "cdi_spec_path": settings["nvidia_container_toolkit_cdi_spec_path"],
         "deep": deep,
+        "facts": facts,
         "probe": module("dsv3_probe"),
+        "phrases": signatures.searched_for(),
     }
     return carried(Path(observer.__file__).read_text(encoding="utf-8"), "observe", request)
 
@@ -192,7 +219,7 @@ def carried(source: str, function: str, request: Mapping[str, Any]) -> str:
     )
     return (
         'become=; [ "$(id -u)" = 0 ] || become="sudo -n"; '
-        f"$become timeout -k 5 {TIMEOUT_S} python3 -c {shlex.quote(program)}"
+        f"$become timeout -k 5 {TIMEOUT_S} python3 -IS -c {shlex.quote(program)}"
     )
 
 

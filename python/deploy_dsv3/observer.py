@@ -36,6 +36,11 @@ HEALTH_TIMEOUT_S = 15
 # The end of a log is where a leak of the running engine would be; all of it can be gigabytes.
 LOG_LINES = 5000
 MAX_SPEC_BYTES = 1 << 20
+# Phases of the launcher in which there is nothing to explain.
+WELL = ("serving", "ray-up", "waiting-for-serve")
+# The first cause comes early; after so many lines that mean something only echoes follow.
+MAX_TELLING_LINES = 200
+MAX_LINE = 500
 
 
 def run(argv: list[str], timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, Any]:
@@ -231,6 +236,35 @@ def leaks(config: str, name: str, inspect: Mapping[str, Any] | None) -> list[dic
     ]
 
 
+def engine_log(
+    name: str, inspect: Mapping[str, Any] | None, status: Mapping[str, Any] | None, phrases: Iterable[str]
+) -> dict[str, Any] | None:
+    """Lines of the engine's log since its container was started in which one of the phrases stands.
+
+    None for an engine that is well: what it wrote before is over.
+
+    Args:
+        name: the container.
+        inspect: what Docker shows of it.
+        status: what its launcher last wrote.
+        phrases: in lower case.
+    """
+    if not inspect:
+        return None
+    state = inspect["State"]
+    health = (state.get("Health") or {}).get("Status")
+    if state["Running"] and health != "unhealthy" and (status or {}).get("phase") in WELL:
+        return None
+    logs = run(["docker", "logs", "--since", state["StartedAt"], "--tail", str(20 * LOG_LINES), name])
+    wanted = tuple(phrases)
+    lines = [
+        [number, line[:MAX_LINE]]
+        for number, line in enumerate((logs["out"] + logs["err"]).splitlines(), 1)
+        if any(phrase in line.lower() for phrase in wanted)
+    ]
+    return {"lines": lines[:MAX_TELLING_LINES]}
+
+
 def local_ports() -> list[int]:
     """First and last port that the kernel hands out where a program names none, as NCCL and Gloo do."""
     return [int(port) for port in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()]
@@ -251,7 +285,8 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         request: ``container`` (its name), ``probe`` (source of the probe), ``cdi_spec_path``, and ``deep``:
             whether to read also what takes seconds (the cluster as seen from inside the container, packages,
-            leaks). ``config`` and ``state`` are the deployment's folders where they are not the usual ones.
+            leaks). ``facts`` false leaves out what the probe reads, for who has just read it. ``config`` and
+            ``state`` are the deployment's folders where they are not the usual ones.
     """
     config, state = request.get("config", CONFIG), request.get("state", STATE)
     probe = types.ModuleType("dsv3_probe")
@@ -268,17 +303,23 @@ def observe(request: Mapping[str, Any]) -> dict[str, Any]:
     shallow = ["os", "gpus", "driver", "docker", "deployment"]
     shallow += ["cdi", "infiniband", "state"]
     only = [] if request["deep"] else shallow
-    read("facts", lambda: probe.probe({"only": only}))
-    if seen.get("facts", {}).get("docker", {}).get("running"):
+    if request.get("facts", True):
+        read("facts", lambda: probe.probe({"only": only}))
+        docker_runs = bool(seen.get("facts", {}).get("docker", {}).get("running"))
+    else:
+        docker_runs = Path(DOCKER_SOCKET).exists()
+    if docker_runs:
         read("container", lambda: container(probe, request["container"]))
     else:
         seen["container"] = {"inspect": None, "image": None}
     read("documents", lambda: documents(config, state))
+    inspect = seen.get("container", {}).get("inspect")
+    status = seen.get("documents", {}).get("status")
+    read("log", lambda: engine_log(request["container"], inspect, status, request.get("phrases", ())))
     read("health", lambda: health(seen.get("documents", {}).get("serve")))
     read("units", units)
     read("local_ports", local_ports)
     if request["deep"]:
-        inspect = seen.get("container", {}).get("inspect")
         if inspect and inspect["State"]["Running"]:
             read("inside", lambda: inside(request["container"], config))
         read("commands", commands)

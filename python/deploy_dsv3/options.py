@@ -26,6 +26,7 @@ class Options:
     Attributes:
         inventories: ``--inventory``, at least one.
         extra_vars: ``-e``, as given.
+        release: ``--release``.
         limit, tags, skip_tags: Ansible patterns; empty for none.
         check, diff, yes, json: flags.
         verbosity: number of ``-v``.
@@ -36,6 +37,7 @@ class Options:
 
     inventories: tuple[Path, ...]
     extra_vars: tuple[str, ...] = field(default=(), repr=False)
+    release: Path | None = None
     limit: str = ""
     tags: str = ""
     skip_tags: str = ""
@@ -48,6 +50,11 @@ class Options:
     become_file: str = ""
     vault_password: str = field(default="", repr=False)
     become_password: str = field(default="", repr=False)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The values of ``-e`` for Ansible, the release before those that win over it."""
+        return (*([f"@{self.release}"] if self.release else []), *self.extra_vars)
 
 
 _INVENTORY = (
@@ -73,6 +80,12 @@ _INVENTORY = (
         multiple=True,
         metavar="VARS",
         help="Settings that win over the inventory: key=value, JSON, or @FILE. May be repeated.",
+    ),
+    click.option(
+        "--release",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Release: pinned settings, the same for every host. They win over the inventory; -e wins over them.",
     ),
     click.option(
         "--vault-password-file",
@@ -129,11 +142,12 @@ def collect(context: click.Context) -> Options:
     if not inventories:
         raise UsageError(
             "no inventory given",
-            remedy="Give one: --inventory PATH. Start from inventory/example/prod.ini.",
+            remedy="Give one: --inventory PATH. `deploy-dsv3 init` writes a first one.",
         )
     return Options(
         inventories=tuple(inventories),
         extra_vars=tuple(values.get("extra_vars") or ()),
+        release=values.get("release"),
         limit=values.get("limit") or "",
         tags=values.get("tags") or "",
         skip_tags=values.get("skip_tags") or "",

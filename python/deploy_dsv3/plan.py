@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from deploy_dsv3 import capacity, preflight
+from deploy_dsv3 import capacity, fit, preflight
 from deploy_dsv3.capacity import Capacity
 from deploy_dsv3.comparison import Action, View, actions
 from deploy_dsv3.derive import HostInput, derive
 from deploy_dsv3.drift import Drift
-from deploy_dsv3.errors import EXIT_PLAN_CHANGES, ConfigErrors
-from deploy_dsv3.facts import HostFacts
+from deploy_dsv3.errors import EXIT_PLAN_CHANGES
 from deploy_dsv3.findings import Finding
 from deploy_dsv3.topology import Deployment, Replica
 
@@ -190,7 +189,7 @@ def make(
             for name in replica.hosts
             if (facts := hosts[name].facts) is not None and name in nodes
         }
-        replicas.append(_replica(replica, views))
+        replicas.append(_replica(replica, views, fit.work_out(replica, hosts)))
         states |= {name: view.state for name, view in views.items()}
         wants |= {name: view.want for name, view in views.items()}
     findings = preflight.check(deployment.replicas, hosts)
@@ -204,7 +203,7 @@ def make(
     )
 
 
-def _replica(replica: Replica, views: Mapping[str, View]) -> ReplicaPlan:
+def _replica(replica: Replica, views: Mapping[str, View], fits: fit.Answer) -> ReplicaPlan:
     hosts = [
         HostPlan(
             host=name,
@@ -220,14 +219,13 @@ def _replica(replica: Replica, views: Mapping[str, View]) -> ReplicaPlan:
         for name, view in views.items()
     ]
     head = views.get(replica.head)
-    fits, unknown = _capacity(head, [view.facts for view in views.values()])
     runs = head.facts.deployment.runs if head else ()
     return ReplicaPlan(
         name=replica.name,
         hosts=tuple(hosts),
         downtime=_downtime(head, [action for host in hosts for action in host.actions]),
-        capacity=fits,
-        capacity_unknown=unknown,
+        capacity=fits.capacity,
+        capacity_unknown=fits.unknown,
         command=tuple(head.node.serve_file["argv"]) if head else (),
         model=head.node.served_model if head else "",
         endpoint=head.node.endpoint if head else "",
@@ -245,41 +243,6 @@ def _downtime(head: View | None, actions: Iterable[Action]) -> Downtime:
     seconds = sum(float(phase["seconds"]) for phase in phases) if phases else None
     running = head.container is not None and head.container.state == "running"
     return Downtime(kind="restart" if running and status.get("phase") == "serving" else "start", seconds=seconds)
-
-
-def _capacity(head: View | None, hosts: Sequence[HostFacts]) -> tuple[Capacity | None, str]:
-    """Whether the model fits; None and why where that cannot be told yet."""
-    if head is None:
-        return None, "the head was not seen"
-    gpus = [gpu for facts in hosts for gpu in facts.gpus]
-    if len(gpus) != head.node.expected.gpus:
-        return None, f"the driver lists {len(gpus)} of {head.node.expected.gpus} GPUs, so their memory is not known"
-    settings = head.settings
-    try:
-        name = settings["model_weights_name"]
-        if head.facts.model:
-            path = f"{settings['model_weights_path']}/config.json on {head.host}"
-            model = capacity.model_from(head.facts.model, name=name, source=path)
-        else:
-            model = capacity.load_model(name)
-        return (
-            capacity.estimate(
-                model,
-                capacity.Serving(
-                    gpus=head.node.expected.gpus,
-                    gpu_memory_mib=min(gpu.memory_total_mib for gpu in gpus),
-                    gpu_name=gpus[0].name,
-                    layout=capacity.Layout(tp=head.node.tp),
-                    cache_max_entry_count=settings["lmdeploy_cache_max_entry_count"],
-                    session_len=settings["lmdeploy_session_len"],
-                    max_batch_size=settings["lmdeploy_max_batch_size"],
-                    max_prefill_token_num=settings["lmdeploy_max_prefill_token_num"],
-                ),
-            ),
-            "",
-        )
-    except ConfigErrors as errors:
-        return None, "; ".join(error.message for error in errors)
 
 
 def _replica_as_dict(replica: ReplicaPlan) -> dict[str, Any]:

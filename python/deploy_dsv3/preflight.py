@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from . import fit
 from .derive import HostInput, derive
 from .facts import HostFacts
 from .findings import Finding
@@ -31,6 +32,7 @@ def check(replicas: Sequence[Replica], hosts: Mapping[str, HostInput]) -> dict[s
             findings += check_host(known.host, facts, known.settings, is_head=known.host == replica.head)
         findings += _check_gpus_equal(members)
         findings += _check_drivers_equal(members)
+        findings += fit.check(replica, hosts)
     everyone = {
         name: facts for replica in replicas for name in replica.hosts if (facts := hosts[name].facts) is not None
     }

@@ -19,10 +19,12 @@ class Fleet:
     Attributes:
         hosts: every host that was asked for; its facts are None where it could not be reached.
         unreachable: why, by host.
+        documents: the facts of each host that was reached, as the probe told them.
     """
 
     hosts: Mapping[str, HostInput]
     unreachable: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
 
 def probe(settings: Mapping[str, Mapping[str, Any]], connections: Mapping[str, Mapping[str, Any]]) -> Fleet:
@@ -57,7 +59,8 @@ def probe(settings: Mapping[str, Mapping[str, Any]], connections: Mapping[str, M
             settings=settings[host],
             connect_address=address if as_ip(address) else "",
         )
-    return Fleet(hosts=hosts, unreachable=unreachable)
+    documents = {host: seen[host].seen for host, known in hosts.items() if known.facts}
+    return Fleet(hosts=hosts, unreachable=unreachable, documents=documents)
 
 
 def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def _render_failure(console: Any, failure: Failure) -> None:
             _render_lines(console, finding.message, finding.cause, finding.remedy, host=finding.host)
     else:
         _render_lines(console, failure.message, failure.cause, failure.remedy)
+    if failure.page:
+        console.print(f"    see:    {failure.page}", markup=False)
 
 
 def _render_lines(console: Any, message: str, cause: str, remedy: str, *, host: str = "") -> None:

@@ -150,8 +150,10 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
 
 
 class RunLog:
-    """The directory that keeps the log of one run: ``events.jsonl`` and ``ansible.log``, readable by its
-    owner only.
+    """The directory that keeps the log of one run, readable by its owner only.
+
+    It has ``events.jsonl`` (every event), ``ansible.log`` (Ansible's own output) and, once the run has ended,
+    ``report.txt`` (what was told at the end, the first cause of a failure first).
 
     Args:
         verb: what is run, part of the directory's name.
@@ -190,6 +192,10 @@ class RunLog:
         print(self.strike_out(json.dumps(kept, default=str)), file=events, flush=True)
         if stdout:
             print(self.strike_out(stdout), file=output, flush=True)
+
+    def conclude(self, report: str) -> None:
+        """Keep what was told at the end of the run."""
+        write_private(self.directory / "report.txt", self.strike_out(report))
 
     def strike_out(self, text: str) -> str:
         """The text without the values of secrets."""

@@ -534,7 +534,7 @@ RULES: tuple[Rule, ...] = (
         r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*",
         "a model's name, e.g. deepseek-ai/DeepSeek-V3",
     ),
-    _pattern(r".*_(version|username)", r"\S+", "one word", _TEXT_REMEDY),
+    _pattern(r".*_(version|username|release_name)", r"\S+", "one word", _TEXT_REMEDY),
     _pattern(r"endpoint_routes", r"/[A-Za-z0-9._~/-]*", "a route that begins with /", each=True),
     _check(r"endpoint_api_keys", _unique, "each key once"),
     _check(

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-RUNBOOK = "docs/runbooks/troubleshooting.md"
+from deploy_dsv3 import runbook
+
+RUNBOOK = runbook.LOG_LINES
 
 
 class Weight(IntEnum):
@@ -57,7 +59,7 @@ class Match:
 
     Attributes:
         signature: what was recognised.
-        line_number: from 1.
+        line_number: from 1; 0 where the text is not a line of the log.
         line: the line without colours and line end.
         address: the node that wrote it, if Ray's prefix says so; else empty.
     """
@@ -79,12 +81,15 @@ class Match:
             "address": self.address,
         }
 
+    @property
+    def where(self) -> str:
+        """Line and node, as far as they are known: ``line 3 on 192.0.2.12``."""
+        parts = [f"line {self.line_number}"] if self.line_number else []
+        return " ".join([*parts, *([f"on {self.address}"] if self.address else [])])
+
     def __str__(self) -> str:
-        where = f" on {self.address}" if self.address else ""
-        return (
-            f"{self.signature.cause} (line {self.line_number}{where}: {self.line.strip()}) "
-            f"{self.signature.remedy} See {self.signature.page}."
-        )
+        quoted = ": ".join(filter(None, (self.where, self.line.strip())))
+        return f"{self.signature.cause} ({quoted}) {self.signature.remedy} See {self.signature.page}."
 
 
 # Of signatures that meet the same line with the same weight, the first in this order counts.
@@ -408,7 +413,8 @@ SIGNATURES: tuple[Signature, ...] = (
             "wait_tasks failed.",
         ),
         cause="A process of the engine ended, and others report it.",
-        remedy="The reason is in the log of the process that ended, often on another node: `deploy-dsv3 logs`.",
+        remedy="The reason is in the log of the process that ended, often on another node: `deploy-dsv3 status` looks "
+        "at all of them.",
     ),
     # Network and RDMA
     Signature(
@@ -610,6 +616,11 @@ def _phrases() -> Iterator[_Phrase]:
 
 
 _PHRASES = tuple(_phrases())
+
+
+def searched_for() -> list[str]:
+    """What a line must hold, in lower case, to be worth a look: the longest part of each phrase."""
+    return sorted({phrase.longest for phrase in _PHRASES})
 
 
 def find(log: Iterable[str]) -> Iterator[Match]:

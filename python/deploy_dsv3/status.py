@@ -14,12 +14,13 @@ from typing import Any, TextIO
 
 import httpx
 
-from deploy_dsv3 import drift, manifest, observation
+from deploy_dsv3 import drift, engine_log, manifest, observation
 from deploy_dsv3.derive import endpoint_url
 from deploy_dsv3.drift import Drift
 from deploy_dsv3.facts import FactsError, load_facts
 from deploy_dsv3.observation import Observation
 from deploy_dsv3.serving import served_model
+from deploy_dsv3.signatures import Match
 from deploy_dsv3.topology import Deployment, Replica
 
 SCHEMA = 1
@@ -33,7 +34,7 @@ class NodeStatus:
 
     `gpus` are those that the driver lists; `ray_alive` and `ray_gpus` are how the head's cluster counts this
     node, None where that is not known. `drift` is what somebody changed by hand since the last finished deploy.
-    `error` says why the host could not be looked at.
+    `cause` is what the engine's log says of one that is not well. `error` says why the host could not be looked at.
     """
 
     host: str
@@ -50,6 +51,7 @@ class NodeStatus:
     phase: str = ""
     image_id: str = ""
     drift: tuple[Drift, ...] = ()
+    cause: Match | None = None
     error: str = ""
 
 
@@ -233,6 +235,7 @@ def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any], c
         phase=seen.document("status").get("phase", ""),
         image_id=seen.container.get("Image", ""),
         drift=tuple(_drift(seen, container)),
+        cause=engine_log.explain(seen),
     )
 
 
@@ -306,7 +309,7 @@ def _replica_as_dict(replica: ReplicaStatus) -> dict[str, Any]:
         "model": replica.model,
         "gpus_expected": replica.gpus_expected,
         "gpus_alive": replica.gpus_alive,
-        "nodes": [asdict(node) for node in replica.nodes],
+        "nodes": [{**asdict(node), "cause": node.cause.as_dict() if node.cause else None} for node in replica.nodes],
         "engine": {
             **asdict(replica.engine),
             "phases": [{"name": name, "seconds": seconds} for name, seconds in replica.engine.phases],
@@ -358,9 +361,23 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
     for node in replica.nodes:
         if node.error:
             console.print(Text(f"  {node.host} was not reached: {node.error}", style="red"))
+        if node.cause:
+            _render_cause(console, node.host, node.cause)
         for one in node.drift:
             console.print(Text.assemble(("  changed by hand ", "magenta"), f"{node.host}: {one}"))
     console.print()
+
+
+def _render_cause(console: Any, host: str, cause: Match) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble(("  likely cause    ", "bold red"), f"{host}: {cause.signature.cause}"))
+    for label, value in (
+        ("its log", ": ".join(filter(None, (cause.where, cause.line.strip())))),
+        ("remedy", cause.signature.remedy),
+        ("see", cause.signature.page),
+    ):
+        console.print(Text(f"      {label:<8} {value}"))
 
 
 def _headlines(replica: ReplicaStatus, now: float) -> Iterable[tuple[str, str]]:
@@ -385,7 +402,8 @@ def _headlines(replica: ReplicaStatus, now: float) -> Iterable[tuple[str, str]]:
         image = replica.release.get("image") or {}
         versions = replica.release.get("versions") or {}
         known = ", ".join(f"{name} {versions[name]}" for name in ("lmdeploy", "ray") if versions.get(name))
-        yield "release", " ".join(filter(None, (image.get("name", ""), image.get("digest", ""), known)))
+        named = f"{replica.release['name']}:" if replica.release.get("name") else ""
+        yield "release", " ".join(filter(None, (named, image.get("name", ""), image.get("digest", ""), known)))
 
 
 def _duration(seconds: float) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from deploy_dsv3 import content, inventory, progress, runner, settings, topology
+from deploy_dsv3 import content, inventory, progress, release, runbook, runner, settings, topology
 from deploy_dsv3.errors import (
     ConfigError,
     ConfigErrors,
@@ -21,7 +22,19 @@ from deploy_dsv3.errors import (
     UnreachableError,
     UsageError,
 )
-from deploy_dsv3.events import Failure, Finished, HostFailed, HostOk, HostStats, Outcome, Record, StageStarted
+from deploy_dsv3.events import (
+    Failure,
+    Finished,
+    HostFailed,
+    HostOk,
+    HostStats,
+    Outcome,
+    Record,
+    StageStarted,
+    explained,
+    recognised,
+)
+from deploy_dsv3.interruption import number_of
 from deploy_dsv3.inventory import Inventory, VaultOptions
 from deploy_dsv3.options import Options
 from deploy_dsv3.settings import Settings
@@ -30,6 +43,11 @@ from deploy_dsv3.topology import Deployment
 if TYPE_CHECKING:
     from deploy_dsv3.observation import Observation
     from deploy_dsv3.plan import Plan
+    from deploy_dsv3.probing import Fleet
+
+
+#: Stages that fail for what the engine's log says.
+_ENGINE_STAGES = ("container", "ray", "engine", "first-token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +109,18 @@ def load(options: Options, *, whole_replicas: bool) -> Target:
     Raises:
         ConfigErrors: all mistakes at once.
     """
-    loaded = inventory.load(
-        options.inventories,
-        extra_vars=options.extra_vars,
-        vault=VaultOptions(password_files=options.vault_files, password=options.vault_password),
-    )
-    deployment, checked = check(loaded)
+    mistakes = release.check(options.release) if options.release else []
+    try:
+        loaded = inventory.load(
+            options.inventories,
+            extra_vars=options.variables,
+            vault=VaultOptions(password_files=options.vault_files, password=options.vault_password),
+        )
+        deployment, checked = check(loaded)
+    except ConfigErrors as problem:
+        raise ConfigErrors([*mistakes, *problem]) from problem
+    if mistakes:
+        raise ConfigErrors(mistakes)
     hosts = deployment.hosts
     if options.limit:
         chosen = set(loaded.select(options.limit))
@@ -155,7 +179,7 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
     from deploy_dsv3 import plan_file
 
     target = load(options, whole_replicas=True)
-    made = None if options.check and not planned else _plan(target, options)
+    made, fleet = (None, None) if options.check and not planned else _plan(target, options)
     if made and planned:
         plan_file.check(made, planned)
     elif made:
@@ -166,7 +190,7 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
         options,
         target,
         plan=made,
-        converged=bool(made and made.converged) and not whole,
+        unchanged=fleet if made and made.converged and not whole else None,
         selected=_selection(made) if made and made.selectable and not whole else None,
         verify_after=_stage_is_wanted("verify", options) and not options.check,
     )
@@ -209,7 +233,7 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     from deploy_dsv3 import plan_file, plan_text
 
     target = load(options, whole_replicas=True)
-    made = _plan(target, options)
+    made, _ = _plan(target, options)
     if out:
         plan_file.save(made, out)
     return Result(
@@ -219,11 +243,13 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     )
 
 
-def _plan(target: Target, options: Options) -> Plan:
+def _plan(target: Target, options: Options) -> tuple[Plan, Fleet]:
+    """The plan, and the hosts as they were seen for it."""
     from deploy_dsv3 import plan, probing
 
     fleet = probing.probe(target.plain_settings, target.connections(options))
-    return plan.make(target.deployment, fleet.hosts, unreachable=fleet.unreachable, warnings=target.warnings)
+    made = plan.make(target.deployment, fleet.hosts, unreachable=fleet.unreachable, warnings=target.warnings)
+    return made, fleet
 
 
 def history(options: Options) -> Result:
@@ -400,12 +426,12 @@ def _play(
     target: Target,
     *,
     plan: Plan | None = None,
-    converged: bool = False,
+    unchanged: Fleet | None = None,
     selected: Selection | None = None,
     extra_vars: Mapping[str, Any] | None = None,
     verify_after: bool = False,
 ) -> Result:
-    """Run a verb's playbook under the deployment's lock, and verify; where all is `converged`, only verify."""
+    """Run a verb's playbook under the deployment's lock, and verify; hosts that are `unchanged` are only verified."""
     from deploy_dsv3 import history, lock, plan_text
     from deploy_dsv3 import report as report_module
 
@@ -418,7 +444,7 @@ def _play(
         inventories=options.inventories,
         hosts=len(target.hosts),
         extra_vars={**target.settings.extra_vars, **(extra_vars or {}), **ours},
-        user_extra_vars=options.extra_vars,
+        user_extra_vars=options.variables,
         limit=selected.limit if selected else options.limit,
         tags=selected.tags if selected else options.tags,
         skip_tags=options.skip_tags,
@@ -430,7 +456,7 @@ def _play(
     outcome: Outcome | None = None
     verification: Any = None
     exit_code = InternalError.exit_code
-    keeper = lock.Keeper(mine, _heads(target, options), locks=not converged)
+    keeper = lock.Keeper(mine, _heads(target, options), locks=unchanged is None)
     with log, progress.choose(target.hosts, json=options.json) as shown, keeper:
 
         def show(record: Record) -> None:
@@ -438,13 +464,20 @@ def _play(
             shown.show(record)
 
         try:
-            if plan and converged:
+            if plan and unchanged:
                 outcome = _nothing_to_do(target, plan, show)
             else:
                 outcome = runner.run(job, log=log, on_record=show)
+            _ask_the_engine(target, options, outcome, log)
             if verify_after and outcome.exit_code == 0:
-                verification = _verify_stage(target, options, outcome, show)
+                facts = unchanged.documents if unchanged else {}
+                verification = _verify_stage(target, options, outcome, show, facts=facts)
             exit_code = outcome.exit_code
+        except KeyboardInterrupt as error:
+            stopped = Interrupted(number_of(error))
+            exit_code = stopped.exit_code
+            stopped.remedy += f" The log is in {log.directory}."
+            raise stopped from error
         except Interrupted as error:
             exit_code = error.exit_code
             error.remedy += f" The log is in {log.directory}."
@@ -471,6 +504,9 @@ def _play(
         verification=verification,
         log=log.directory,
     )
+    told = io.StringIO()
+    report_module.render(report, told)
+    log.conclude(told.getvalue())
     return Result(
         exit_code=report.exit_code,
         document=report.as_dict(),
@@ -499,8 +535,41 @@ def _nothing_to_do(target: Target, plan: Plan, show: Callable[[Record], None]) -
     return outcome
 
 
-def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Callable[[Record], None]) -> Any:
-    """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure."""
+def _ask_the_engine(target: Target, options: Options, outcome: Outcome, log: runner.RunLog) -> None:
+    """Where a stage failed that the engine has a part in, add what its log says on any host of the replica."""
+    from deploy_dsv3 import engine_log
+
+    first = outcome.first
+    if first is None or first.stage not in _ENGINE_STAGES or first.unreachable:
+        return
+    try:
+        replica = target.deployment.replica_of(first.host)
+    except KeyError:
+        return
+    hosts = dict.fromkeys((first.host, *replica.hosts))
+    found = engine_log.look(hosts, target.plain_settings, target.connections(options))
+    if found is None:
+        return
+    host, match = found
+    said = log.strike_out(": ".join(filter(None, (match.where, match.line.strip()))))
+    outcome.failures[0] = explained(
+        replace(first, message=f"{first.message}\nThe engine's log on {host}: {said}"), match
+    )
+
+
+def _verify_stage(
+    target: Target,
+    options: Options,
+    outcome: Outcome,
+    show: Callable[[Record], None],
+    *,
+    facts: Mapping[str, Mapping[str, Any]],
+) -> Any:
+    """Verify after a deploy, as one more stage of it; what fails becomes the outcome's failure.
+
+    Args:
+        facts: of hosts that this run did not change, as it read them.
+    """
     from deploy_dsv3 import verification
 
     def tell(record: Record) -> None:
@@ -508,7 +577,7 @@ def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Call
         show(record)
 
     tell(StageStarted(time=time.time(), stage="verify", title="every host and the endpoint, as clients see it"))
-    found = verification.verify(target.deployment, target.plain_settings, target.connections(options))
+    found = verification.verify(target.deployment, target.plain_settings, target.connections(options), facts=facts)
     for host in target.hosts:
         bad = [check for check in found.failures if check.host == host]
         task = f"{sum(check.host == host for check in found.checks)} checks"
@@ -523,9 +592,10 @@ def _verify_stage(target: Target, options: Options, outcome: Outcome, show: Call
             code="verification",
             message="\n".join(f"{check.check}: {check.message}" for check in bad),
             remedy="`deploy-dsv3 verify` looks again; `deploy-dsv3 status` tells how it is doing.",
+            page=runbook.stage_page("verify"),
             unreachable=host in found.unreachable,
         )
-        tell(HostFailed(**common, failure=failure))
+        tell(HostFailed(**common, failure=replace(recognised(failure), code="verification")))
     outcome.close(time.time())
     return found
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -100,7 +102,8 @@ class VerificationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectations:
-    """What the suites are told: the deployment, each host's settings and how to connect to it.
+    """What the suites are told: the deployment, each host's settings and how to connect to it; its facts where they
+    were read a moment ago.
 
     It holds secrets (keys, passwords): as a file it is readable by its owner only, and short-lived.
     """
@@ -108,6 +111,7 @@ class Expectations:
     deployment: Deployment
     settings: Mapping[str, Mapping[str, Any]] = field(repr=False)
     connections: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     def write(self, path: Path) -> None:
         """Write it to a new file of mode 0600."""
@@ -119,6 +123,7 @@ class Expectations:
             ],
             "settings": self.settings,
             "connections": self.connections,
+            "facts": self.facts,
         }
         path.touch(mode=0o600, exist_ok=False)
         path.write_text(json.dumps(document), encoding="utf-8")
@@ -135,6 +140,7 @@ class Expectations:
             deployment=Deployment(replicas=tuple(replicas)),
             settings=document["settings"],
             connections=document["connections"],
+            facts=document["facts"],
         )
 
 
@@ -143,6 +149,7 @@ def verify(
     settings: Mapping[str, Mapping[str, Any]],
     connections: Mapping[str, Mapping[str, Any]],
     *,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
     junit: Path | None = None,
     suites: Path | None = None,
 ) -> VerificationReport:
@@ -152,6 +159,7 @@ def verify(
         deployment: the replicas to verify; already narrowed by ``--limit``.
         settings: each host's settings by name, defaults included.
         connections: each host's variables for connecting, see `observation.connections`.
+        facts: of hosts that were probed a moment ago and not changed since, what was read.
         junit: where to write the checks as JUnit XML, if anywhere.
         suites: the folder of the suites, where it is not the product's own.
 
@@ -162,6 +170,7 @@ def verify(
         deployment=deployment,
         settings={host: settings[host] for host in deployment.hosts},
         connections={host: connections[host] for host in deployment.hosts},
+        facts={host: found for host, found in (facts or {}).items() if host in deployment.hosts},
     )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="deploy-dsv3-") as folder:
@@ -182,7 +191,7 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     try:
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = _run_to_its_end(argv, environment)
     except subprocess.TimeoutExpired as error:
         raise InternalError(
             f"verification did not end within {TIMEOUT_S} s",
@@ -204,6 +213,21 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
         )
     order = {host: index for index, host in enumerate(expectations.deployment.hosts)}
     return sorted(checks, key=lambda check: order.get(check.host, -1))
+
+
+def _run_to_its_end(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run pytest; whatever ends the wait for it ends it as well, with its connections to the hosts."""
+    # In a group of its own, so that all of it can be ended at once.
+    with subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def _tail(done: subprocess.CompletedProcess[str]) -> str:

@@ -37,11 +37,13 @@ ROLES: Mapping[str, str] = {
 
 #: Tasks that change nothing, or belong to teardown.
 _ONLY_LOOKING = frozenset({"verify.yml", "health.yml", "preflight.yml", "absent.yml"})
-#: Settings that steer a run and leave no trace on a host, and those that one role hands to another.
+#: Settings that steer a run and leave no trace on a host, those that one role hands to another, and the name in
+#: release.json, which is compared with the file itself.
 _NO_INPUT = re.compile(
     r".*_(no_log|secure_logging|allow_restart)"
     r"|package_repository_.*"
     r"|engine_image_(refresh|pull_timeout_s|registry_username|registry_password)"
+    r"|lmdeploy_release_name"
 )
 _NODE_KEY = re.compile(r"\bdsv3_node\.([a-z_]+)")
 _INCLUDED_ROLE = re.compile(r"include_role:\s+name: ([a-z_]+)")
@@ -117,16 +119,23 @@ def launcher_sha256() -> str:
 
 def daemon_json(values: Mapping[str, Any], facts: HostFacts) -> dict[str, Any]:
     """Content of Docker's daemon.json after role `docker_engine`: its own variables, by Ansible's own templates."""
+    own = {name: values[name] for name in named_by("docker_engine").settings}
+    merged: dict[str, Any] = json.loads(_merged_daemon_json(json.dumps([own, facts.docker.daemon_json])))
+    return merged
+
+
+@cache
+def _merged_daemon_json(given: str) -> str:
+    """The same from JSON to JSON: most hosts of a fleet are alike, and a template takes 10 ms."""
     from ansible.parsing.dataloader import DataLoader
     from ansible.template import Templar
 
+    values, found = json.loads(given)
     loader = DataLoader()
     path = content.roles() / "docker_engine/vars/main.yml"
     variables = loader.load_from_file(str(path), trusted_as_template=True)
-    given = {**values, "dsv3_facts": {"docker": {"daemon_json": facts.docker.daemon_json}}}
-    merged = Templar(loader=loader, variables={**given, **variables}).template(variables["__docker_engine_merged"])
-    plain: dict[str, Any] = _plain(merged)
-    return plain
+    known = {**values, "dsv3_facts": {"docker": {"daemon_json": found}}, **variables}
+    return json.dumps(Templar(loader=loader, variables=known).template(variables["__docker_engine_merged"]))
 
 
 def image_digest(values: Mapping[str, Any], facts: HostFacts) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ def test_a_port_in_use_names_the_process_that_has_it(refused: Run, lab: Lab) -> 
 def test_tp_that_is_not_the_number_of_gpus(refused: Run) -> None:
     told = {finding["message"] for finding in _errors(refused) if finding["code"] == "tp-gpus"}
     assert all("8" in message and "16" in message for message in told) and told
+
+
+def test_a_model_that_does_not_fit_is_refused(product: Product, lab: Lab, tmp_path: Path) -> None:
+    """DeepSeek-V3 in FP8 on one server of eight GPUs with 80 GB."""
+    head = lab.hosts[0]
+    shutil.copytree(lab.inventory / "group_vars", tmp_path / "group_vars")
+    alone = tmp_path / "hosts.ini"
+    alone.write_text(f"[dsv3_head]\n{head.name} ansible_host={head.address}\n")
+    run = product("--inventory", alone, "--json", expect=3)
+    (found,) = _errors(run)
+    assert (found["code"], found["host"]) == ("capacity", head.name)
+    assert "79.5 GiB of weights" in found["message"] and "a GPU has 79.6 GiB" in found["message"]
+    planned = product("plan", "--inventory", alone, "--json", expect=3).document["replicas"][0]["capacity"]
+    assert planned["fits"] is False and planned["reasons"]
+    fits = product("plan", "--inventory", lab.inventory, "--json", expect=10).document["replicas"][0]["capacity"]
+    assert fits["fits"] is True and fits["blocks"] > 6000
 
 
 def test_hosts_without_hcas_get_a_loud_warning(product: Product, lab: Lab) -> None:

@@ -66,7 +66,7 @@ class Fleet:
 
 def look(expectations: Expectations) -> Fleet:
     """Look at all hosts and derive from what they are what each should be, as a deployment would now."""
-    seen = observation.look(expectations.connections, expectations.settings, deep=True)
+    seen = observation.look(expectations.connections, expectations.settings, deep=True, facts=expectations.facts)
     nodes = {}
     for replica in expectations.deployment.replicas:
         inputs = {

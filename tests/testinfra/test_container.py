@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from fleet import Fleet, Node
 
-from deploy_dsv3 import content
+from deploy_dsv3 import content, engine_log
 from deploy_dsv3.derive import CACHE, NodePlan
 
 ENGINE = "/etc/deploy-dsv3/engine"
@@ -26,6 +26,12 @@ def test_healthy(running: Node) -> None:
     last = health.get("Log") or [{}]
     found, says = health.get("Status", "without a health check"), last[-1].get("Output", "").strip()
     assert found == "healthy", f"Docker calls the container {found}: {says}"
+
+
+def test_log(engine: Node) -> None:
+    """The engine's log names no failure that is known."""
+    match = engine_log.explain(engine.observation)
+    assert match is None, str(match)
 
 
 def test_image(engine: Node) -> None:

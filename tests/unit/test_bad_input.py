@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -399,6 +400,8 @@ TOGETHER = [
     setting("lmdeploy_options", {"api-keys": ["k"]}, "is the setting endpoint_api_keys"),
     setting("lmdeploy_options", {"tp": 8}, "is the setting lmdeploy_tp"),
     setting("lmdeploy_options", {"--x y": 1}, "is no option of"),
+    setting("lmdeploy_options", {"dp": 2}, "belongs to another layout"),
+    setting("lmdeploy_options", {"nnodes": 2}, "has no effect on tensor parallelism"),
     setting("docker_engine_options", {"data-root": "/x"}, "is the setting docker_engine_data_path"),
     Case(
         id="one host of a replica differs",
@@ -456,6 +459,49 @@ OPTIONS = [
 ]
 
 
+def released(name: str, told: str, content: str, where: str = "release.yml:1") -> Case:
+    """A case of a release file."""
+    return Case(
+        id=f"release: {name}",
+        files={"hosts.ini": HOSTS, "release.yml": content},
+        args=("--release", "{folder}/release.yml"),
+        where=where,
+        told=told,
+    )
+
+
+RELEASES = [
+    released("a setting of a site", "endpoint_port is no part of a release", "endpoint_port: 1\n"),
+    released("a setting of a host", "node_network_address is no part", "node_network_address: 192.0.2.7\n"),
+    released("a misspelt setting", "Did you mean 'engine_image_digest'?", f"engine_image_digst: {DIGEST}\n"),
+    released("a secret", "a release holds no secrets", "endpoint_api_keys: [0123456789abcdef]\n"),
+    released("without a name", "this release has no name", "lmdeploy_tp: 16\n", where="release.yml"),
+    released("empty", "this release has no name", "", where="release.yml"),
+    released("a list", "not a mapping", "- lmdeploy_tp: 16\n"),
+    released("encrypted", "a release holds no secrets", "$ANSIBLE_VAULT;1.1;AES256\n00\n", where="release.yml"),
+    released(
+        "a wrong value",
+        "is out of range",
+        "lmdeploy_release_name: a\nlmdeploy_cache_max_entry_count: 1.5\n",
+        where="release.yml:2",
+    ),
+    Case(
+        id="release: missing",
+        files={"hosts.ini": HOSTS},
+        args=("--release", "gone.yml"),
+        where="gone.yml",
+        told="there is no such",
+    ),
+    Case(
+        id="release: a directory",
+        files={"hosts.ini": HOSTS},
+        args=("--release", "{folder}"),
+        where="",
+        told="a directory is where a file belongs",
+    ),
+]
+
+
 def vaulted(name: str, told: str, *args: str, inline: bool = False, **more: Any) -> Case:
     """A case of an encrypted file, or of one encrypted value."""
     file = "group_vars/all.yml"
@@ -500,6 +546,7 @@ CASES = [
     *TOGETHER,
     *TEMPLATES,
     *OPTIONS,
+    *RELEASES,
     *VAULTS,
 ]
 
@@ -530,7 +577,10 @@ def test_is_refused(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[st
     inventory = folder / (case.inventory or next(iter(case.files)))
     args = [argument.replace("{folder}", str(folder)) for argument in case.args]
 
+    began = time.process_time()
     assert cli.run(["--inventory", str(inventory), *args]) == 2
+    # Of this process alone, so that a busy machine does not count.
+    assert time.process_time() - began < 2
 
     told = capsys.readouterr()
     assert told.out == ""

@@ -20,6 +20,7 @@ from deploy_dsv3.events import Failure, HostStats, Outcome
 from deploy_dsv3.options import Options
 from deploy_dsv3.verbs import Result
 
+VERBS = cli.cli.list_commands(click.Context(cli.cli))
 INI = "[dsv3_head]\na ansible_host=192.0.2.1\n[dsv3_workers]\nb ansible_host=192.0.2.2\n"
 
 
@@ -73,10 +74,15 @@ class TestHelp:
     def test_names_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["--help"]) == 0
         told = capsys.readouterr().out
-        for verb in ("verify", "status", "destroy", "settings", "lab", "benchmark"):
+        for verb in VERBS:
             assert f"\n  {verb} " in told
 
-    @pytest.mark.parametrize("verb", ["verify", "status", "destroy", "settings"])
+    @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+    def test_every_verb_is_in_the_readme(self, readme: str) -> None:
+        page = (Path(__file__).parents[2] / readme).read_text(encoding="utf-8")
+        assert [verb for verb in VERBS if f"| `deploy-dsv3 {verb} " not in page] == []
+
+    @pytest.mark.parametrize("verb", sorted(cli.cli.commands))
     def test_every_option_of_a_verb_is_explained(self, verb: str) -> None:
         command = cli.cli.commands[verb]
         assert command.help

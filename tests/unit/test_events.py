@@ -242,7 +242,32 @@ class TestMessages:
         made = outcome(play("engine: serve"), result("failed", "a", res={"msg": words}))
         assert made.first is not None
         assert made.first.code == "driver-too-old"
-        assert "docs/runbooks/troubleshooting.md#driver-too-old" in made.first.remedy
+        assert made.first.page == "docs/runbooks/troubleshooting.md#driver-too-old"
+
+    @pytest.mark.parametrize(
+        ("stage", "found", "page"),
+        [
+            ("ray", {"msg": "nobody knows"}, "docs/runbooks/failed-runs.md#ray"),
+            ("destroy", {"msg": "nobody knows"}, "docs/runbooks/failed-runs.md"),
+            ("host", {"msg": "No space left on device"}, "docs/runbooks/failed-runs.md#disk-full"),
+            ("preflight", {"dsv3_findings": [{"code": "memory"}]}, "docs/reference/preflight.md"),
+            ("preflight", {"dsv3_findings": [{"code": "locked"}]}, "docs/reference/plan.md#one-run-at-a-time"),
+        ],
+    )
+    def test_every_failure_names_a_page(self, stage: str, found: dict[str, Any], page: str) -> None:
+        made = outcome(play(f"{stage}: x"), result("failed", "a", res=found))
+        assert made.first is not None and made.first.page == page
+
+    def test_the_first_cause_is_judged_and_not_its_echo(self) -> None:
+        """A worker fails; with any_errors_fatal the others are stopped for it, and say something of their own."""
+        words = "ray ended:\nNCCL WARN remote process exited or there was a network error"
+        made = outcome(
+            play("engine: serve"),
+            result("failed", "b", res={"msg": "the engine did not start:\nCUDA out of memory. Tried to allocate"}),
+            result("failed", "a", res={"msg": words}),
+        )
+        assert [failure.code for failure in made.failures] == ["gpu-out-of-memory", "peer-lost"]
+        assert made.first is not None and made.first.host == "b"
 
     def test_findings_are_the_cause(self) -> None:
         finding = {"code": "memory", "severity": "error", "message": "8 GiB", "cause": "c", "remedy": "r"}

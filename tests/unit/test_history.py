@@ -47,7 +47,13 @@ def test_how_it_ended(code: int, result: str) -> None:
 
 def test_a_failed_run_keeps_its_first_cause() -> None:
     kept = entry(4, failed())
-    assert kept["failure"] == {"host": "gpu-01", "stage": "ray", "message": "first cause", "cause": "a firewall"}
+    assert kept["failure"] == {
+        "host": "gpu-01",
+        "stage": "ray",
+        "message": "first cause",
+        "cause": "a firewall",
+        "page": "",
+    }
     assert kept["changed"] == {"gpu-01": 2}
 
 
@@ -70,7 +76,7 @@ def shown(*runs: dict[str, object]) -> str:
 
 def test_the_list() -> None:
     text = shown(entry(0), entry(4, failed()))
-    assert text.count("deploy") == 2 and "1m01s" in text
+    assert text.count(MINE.run) == 2 and "deploy" in MINE.run and "1m01s" in text
     assert "plan: 2 created" in text and "failed (4)" in text and "ray, gpu-01: first cause" in text
 
 

@@ -216,6 +216,7 @@ class TestVault:
         loaded = inventory.load([folder / "hosts.ini"], vault=vault)
         port, key = (loaded.variable("gpu-a", name) for name in ("endpoint_port", "endpoint_api_keys"))
         assert (port.value, key.value, key.vaulted) == (9000, "hidden key", True)
+        assert port.vaulted, "in an encrypted file, though not itself"
         assert type(key.value) is str
 
     def test_typed_password(self, folder: Path) -> None:

@@ -62,6 +62,17 @@ def test_limits_are_given_up_only_where_they_cannot_be_raised(can_raise_limits: 
         assert found and not any(limit.startswith(("memlock", "nofile")) for limit in found)
 
 
+@pytest.mark.parametrize(
+    ("count", "gpus", "profile", "fits"),
+    [(2, None, "h800-ib", True), (1, None, "h800-ib", False), (2, 1, "h800-ib", False), (1, 0, "h20-roce", False)],
+)
+def test_too_few_gpus_for_the_real_model_are_served_on_all_the_same(
+    count: int, gpus: int | None, profile: str, fits: bool
+) -> None:
+    records = [hosts.record(number, "198.18.0.0/24", profile, gpus) for number in range(1, count + 1)]
+    assert variables(hosts=records).get("preflight_require_capacity") is (None if fits else False)
+
+
 def test_sudo_password_stays_in_its_file() -> None:
     assert "ansible_become_password" not in variables()
     found = variables(password_file=Path("/state/ssh/sudo_password"))["ansible_become_password"]

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from configparser import ConfigParser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -18,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy_dsv3 import content, inventory, observation, observer
+from deploy_dsv3 import content, inventory, observation, observer, signatures
+from deploy_dsv3.interruption import Terminated, terminable
 from deploy_dsv3.runner import Passwords
 
 SETTINGS = {
@@ -44,6 +48,14 @@ def test_a_shallow_look_leaves_out_what_takes_time() -> None:
     assert not {"leaks", "files", "commands", "inside"} & set(look(LOCAL).seen)
 
 
+def test_facts_that_were_read_a_moment_ago_are_not_read_again() -> None:
+    known = {"here": {"hostname": "as told before"}}
+    connections = {"here": LOCAL, "there": LOCAL}
+    seen = observation.look(connections, dict.fromkeys(connections, SETTINGS), deep=False, facts=known)
+    assert seen["here"].seen["facts"] == known["here"] and seen["here"].seen["units"] is not None
+    assert seen["there"].seen["facts"]["hostname"] == socket.gethostname()
+
+
 def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_the_others() -> None:
     connections: dict[str, dict[str, Any]] = {
         "away": {"ansible_host": "127.0.0.1", "ansible_port": 1},
@@ -57,6 +69,21 @@ def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_th
     for name in ("away", "away-too"):
         assert not seen[name].reached and "Connection refused" in seen[name].error
         assert "Start sshd there, or set ansible_port." in seen[name].error
+
+
+def test_whoever_is_stopped_does_not_wait_for_a_host_that_hangs() -> None:
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with terminable(), pytest.raises(Terminated):
+        observation.ask({"a": LOCAL, "b": LOCAL}, dict.fromkeys("ab", "sleep 61"))
+    assert time.monotonic() - began < 20
+    assert not any(line == "sleep\0" + "61\0" for line in _command_lines())
+
+
+def _command_lines() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_text(errors="replace")
 
 
 def test_ansible_carries_the_command_where_a_password_is_needed() -> None:
@@ -234,6 +261,52 @@ def test_a_secret_in_arguments_logs_or_files_is_found_and_not_repeated(tmp_path:
     }
     assert {leak["secret"] for leak in leaks} == {"ray_token, line 1"}
     assert secret not in json.dumps(leaks)
+
+
+RUNNING = {"State": {"Running": True, "StartedAt": "2026-01-01T00:00:00Z", "Health": {"Status": "healthy"}}}
+LOG = "starting\nCUDA Out Of Memory.\nquiet\nRayActorError: died\n" + "x" * 2000 + " out of memory\n"
+
+
+@pytest.mark.parametrize(
+    ("inspect", "phase", "read"),
+    [
+        (None, "", False),
+        (RUNNING, "serving", False),
+        (RUNNING, "ray-up", False),
+        (RUNNING, "degraded", True),
+        (RUNNING, "", True),
+        ({"State": {**RUNNING["State"], "Health": {"Status": "unhealthy"}}}, "serving", True),
+        ({"State": {**RUNNING["State"], "Running": False}}, "serving", True),
+    ],
+)
+def test_the_log_is_read_where_the_engine_is_not_well(
+    monkeypatch: pytest.MonkeyPatch, inspect: dict[str, Any] | None, phase: str, read: bool
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str]) -> dict[str, Any]:
+        asked.append(argv)
+        return {"rc": 0, "out": LOG, "err": ""}
+
+    monkeypatch.setattr(observer, "run", run)
+    found = observer.engine_log("lmdeploy", inspect, {"phase": phase}, ["out of memory", "rayactorerror"])
+    if not read:
+        assert found is None and asked == []
+        return
+    assert found and [number for number, _ in found["lines"]] == [2, 4, 5]
+    assert found["lines"][0][1] == "CUDA Out Of Memory." and len(found["lines"][2][1]) == observer.MAX_LINE
+    assert asked[0][:4] == ["docker", "logs", "--since", "2026-01-01T00:00:00Z"]
+
+
+def test_the_host_looks_for_every_phrase_of_the_catalogue() -> None:
+    """What the host sends is enough to recognise every line that the catalogue knows."""
+    wanted = signatures.searched_for()
+    for signature in signatures.SIGNATURES:
+        for phrase in signature.phrases:
+            line = phrase.replace("…", "between")
+            assert any(part in line.lower() for part in wanted)
+            match = signatures.first_cause([line])
+            assert match is not None
 
 
 def test_a_kept_secret_is_no_leak(tmp_path: Path) -> None:

@@ -110,9 +110,17 @@ class TestBare:
         assert made.replicas[0].downtime.kind == "start"
         assert "nothing is served yet" in text(made)
 
-    def test_capacity_waits_for_the_driver(self) -> None:
+    def test_capacity_is_known_before_the_driver(self) -> None:
         (replica,) = planned(bare()).replicas
-        assert replica.capacity is None and "0 of 16 GPUs" in replica.capacity_unknown
+        assert replica.capacity == planned(converged()).replicas[0].capacity
+
+    def test_capacity_of_unknown_gpus_waits_for_the_driver(self) -> None:
+        documents = bare()
+        for gpu in documents[WORKER]["pci_gpus"]:
+            gpu["device"] = "0xffff"
+        (replica,) = planned(documents).replicas
+        assert replica.capacity is None and "PCI device 0xffff" in replica.capacity_unknown
+        assert "capacity: before " in text(planned(documents))
 
     def test_what_is_preinstalled_is_left_alone(self) -> None:
         sources = dict.fromkeys(
@@ -274,6 +282,31 @@ class TestByHand:
         assert by_hand(HEAD, change).actions == ()
         subjects = [action.subject for action in by_hand(WORKER, change).actions]
         assert subjects == [f"{ENGINE}/secrets/ray_token", "container lmdeploy"]
+
+    @pytest.mark.parametrize("host", [HEAD, WORKER])
+    @pytest.mark.parametrize("name", ["secrets/ray_token", "launcher.py", "node.json"])
+    @pytest.mark.parametrize(("field", "value"), [("mode", "0666"), ("owner", "1000:1000")])
+    def test_rights_of_the_engines_files_are_put_back_without_a_restart(
+        self, host: str, name: str, field: str, value: str
+    ) -> None:
+        made = by_hand(host, lambda facts: facts["state"]["files"][f"{ENGINE}/{name}"].update({field: value}))
+        assert [(action.role, action.kind, action.subject) for action in made.actions] == [
+            ("engine", "changed", f"{ENGINE}/{name}")
+        ]
+        assert not made.actions[0].stops and made.replicas[0].downtime.kind == "none"
+
+    def test_rights_of_the_serving_command_restart_nothing(self) -> None:
+        path = f"{ENGINE}/serve.json"
+        made = by_hand(HEAD, lambda facts: facts["state"]["files"][path].update(mode="0600"))
+        assert [action.subject for action in made.actions] == [path]
+        assert made.replicas[0].downtime.kind == "none"
+        made = by_hand(HEAD, lambda facts: facts["state"]["files"][path].update(sha256="ab" * 32))
+        assert [action.subject for action in made.actions] == [path, "lmdeploy serve"]
+        assert made.replicas[0].downtime.kind == "restart"
+
+    def test_an_owner_that_no_role_sets_is_told(self) -> None:
+        made = by_hand(HEAD, lambda facts: facts["state"]["files"]["/etc/cdi/nvidia.yaml"].update(owner="7:7"))
+        assert made.actions == () and len(made.drift) == 1
 
     def test_packages_come_back_but_keep_their_version(self) -> None:
         gone = by_hand(HEAD, lambda facts: facts["state"]["packages"].pop("haproxy"))

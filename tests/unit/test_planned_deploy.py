@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 import yaml
 from converged_hosts import HEAD, SETTINGS, WORKER, Documents, bare, converged, inputs, nobody
 
-from deploy_dsv3 import content, lock, probing, runner, verbs, verification, wanted
+from deploy_dsv3 import cli, content, lock, observation, probing, runner, verbs, verification, wanted
 from deploy_dsv3.errors import Interrupted, PreflightError, UnreachableError, UsageError
 from deploy_dsv3.events import Failure, HostOk, Outcome
 from deploy_dsv3.observation import Observation
@@ -33,10 +37,11 @@ class Stage:
         self.asked: list[dict[str, Any]] = []
         self.questions: list[str] = []
         self.answer = True
+        self.facts: Any = None
 
     def probe(self, settings: Any, connections: Any) -> Fleet:
         hosts = inputs(self.documents)
-        return Fleet(hosts={host: hosts[host] for host in connections})
+        return Fleet(hosts={host: hosts[host] for host in connections}, documents=self.documents)
 
     def run(self, job: runner.Job, *, log: Any, on_record: Any) -> Outcome:
         self.jobs.append(job)
@@ -66,11 +71,16 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
     """Two hosts as the last deploy left them, and nobody at a terminal."""
     found = Stage()
     checks = [Check(host=host, suite="host", check="x", outcome="passed", seconds=0) for host in (HEAD, WORKER)]
+
+    def verify(*_: Any, facts: Any, **__: Any) -> VerificationReport:
+        found.facts = facts
+        return VerificationReport(checks=tuple(checks), seconds=1)
+
     monkeypatch.setattr(probing, "probe", found.probe)
     monkeypatch.setattr(runner, "run", found.run)
     monkeypatch.setattr(lock, "ask", found.ask)
     monkeypatch.setattr(click, "confirm", found.confirm)
-    monkeypatch.setattr(verification, "verify", lambda *_, **__: VerificationReport(checks=tuple(checks), seconds=1))
+    monkeypatch.setattr(verification, "verify", verify)
     monkeypatch.setattr(verbs, "_somebody_is_there", lambda: False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return found
@@ -98,6 +108,12 @@ class TestNothingToDo:
         assert result.document["verification"]["passed"] is True
         assert {host: stats["changed"] for host, stats in result.document["hosts"].items()} == {HEAD: 0, WORKER: 0}
         assert result.document["replicas"][0]["endpoint"] == "http://198.18.0.11:8000"
+
+    def test_what_the_plan_has_read_is_not_read_again(self, stage: Stage, inventory: Path) -> None:
+        deploy(inventory)
+        assert stage.facts == stage.documents
+        deploy(inventory, full=True)
+        assert stage.facts == {}, "roles have run since"
 
     def test_the_run_is_remembered(self, stage: Stage, inventory: Path) -> None:
         deploy(inventory)
@@ -222,6 +238,74 @@ class TestKeptPlan:
         assert stage.jobs == []
 
 
+class TestAFailingDeploy:
+    """What the engine's log says on any host of the replica is the first failure's cause."""
+
+    LINE = f"ValueError: Attempted to load weight (torch.Size([8])) into parameter, key {KEY}"
+
+    @pytest.fixture
+    def logs(self, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+        """The hosts that were looked at; the worker's log has a cause, the head's its echo."""
+        asked: list[set[str]] = []
+        lines = {HEAD: "NCCL WARN remote process exited or there was a network error", WORKER: self.LINE}
+
+        def look(connections: Any, settings: Any, *, deep: bool) -> dict[str, Observation]:
+            asked.append(set(connections))
+            return {host: Observation(host=host, seen={"log": {"lines": [[7, lines[host]]]}}) for host in connections}
+
+        monkeypatch.setattr(observation, "look", look)
+        return asked
+
+    @pytest.mark.parametrize("stage_name", ["container", "ray", "engine", "first-token"])
+    def test_is_told_the_first_cause(
+        self, stage: Stage, inventory: Path, logs: list[set[str]], stage_name: str
+    ) -> None:
+        failure = Failure(host=HEAD, stage=stage_name, task="Wait", message="it did not come up", cause="a guess")
+        stage.outcome = Outcome(failures=[failure], finished=True)
+        result = deploy(inventory, full=True)
+        (told,) = result.document["failures"]
+        assert result.exit_code == 4 and logs == [{HEAD, WORKER}]
+        assert (told["host"], told["code"]) == (HEAD, "missing-shards")
+        assert told["page"] == "docs/runbooks/troubleshooting.md#missing-shards"
+        assert f"The engine's log on {WORKER}: line 7: ValueError: Attempted to load weight" in told["message"]
+        assert KEY not in json.dumps(result.document)
+        assert stage.line["failure"]["page"] == told["page"]
+        stream = io.StringIO()
+        result.render(stream)
+        assert "missing-shards" in stream.getvalue() and "a guess" not in stream.getvalue()
+
+    def test_its_log_shows_the_first_cause_and_no_secret(
+        self, stage: Stage, inventory: Path, logs: list[set[str]]
+    ) -> None:
+        failures = [
+            Failure(host=HEAD, stage="engine", task="Wait", message="the engine does not serve"),
+            Failure(host=WORKER, stage="engine", task="Wait", message="stopped: another host failed"),
+        ]
+        stage.outcome = Outcome(failures=failures, finished=True)
+        kept = (Path(deploy(inventory, full=True).document["log"]) / "report.txt").read_text()
+        assert kept.index("FAILED stage engine, host gpu-01") < kept.index("also gpu-02")
+        assert kept.index("The engine's log on gpu-02: line 7") < kept.index("stopped: another host failed")
+        assert "#missing-shards" in kept and KEY not in kept
+
+    @pytest.mark.parametrize(("stage_name", "unreachable"), [("host", False), ("preflight", False), ("engine", True)])
+    def test_hosts_are_not_asked_for_what_the_engine_has_no_part_in(
+        self, stage: Stage, inventory: Path, logs: list[set[str]], stage_name: str, unreachable: bool
+    ) -> None:
+        failure = Failure(host=HEAD, stage=stage_name, task="x", message="no", unreachable=unreachable)
+        stage.outcome = Outcome(failures=[failure], finished=True)
+        deploy(inventory, full=True)
+        assert logs == []
+
+    def test_a_check_that_quotes_the_log_is_recognised(
+        self, stage: Stage, inventory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bad = Check(host=WORKER, suite="container", check="x", outcome="failed", seconds=0, message=self.LINE)
+        monkeypatch.setattr(verification, "verify", lambda *_, **__: VerificationReport(checks=(bad,), seconds=1))
+        (told,) = deploy(inventory).document["failures"]
+        assert (told["code"], told["stage"]) == ("verification", "verify")
+        assert told["page"].endswith("#missing-shards") and told["cause"]
+
+
 class TestLock:
     def test_the_playbook_is_told_who_takes_it(self, stage: Stage, inventory: Path) -> None:
         deploy(inventory, full=True)
@@ -237,6 +321,26 @@ class TestLock:
         with pytest.raises(Interrupted):
             deploy(inventory, full=True)
         assert (stage.line["result"], stage.line["exit_code"]) == ("stopped", 143)
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_run_that_is_stopped_while_it_verifies_gives_it_back(
+        self,
+        stage: Stage,
+        inventory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        number: int,
+        code: int,
+    ) -> None:
+        def stopped(*_: Any, **__: Any) -> VerificationReport:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+            raise AssertionError("it went on")
+
+        monkeypatch.setattr(verification, "verify", stopped)
+        assert cli.run(["-i", str(inventory), "--json"]) == code
+        assert (stage.line["result"], stage.line["exit_code"]) == ("stopped", code)
+        assert "The log is in" in json.loads(capsys.readouterr().out)["error"]["remedy"]
 
     def test_a_run_that_met_a_defect_gives_it_back(
         self, stage: Stage, inventory: Path, monkeypatch: pytest.MonkeyPatch

@@ -281,6 +281,7 @@ def test_other_containers_are_none_of_our_business(found: dict[str, Any]) -> Non
 def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
     findings = judge(host_input("vm", recorded("cloud-vm")))["vm"]
     assert sorted((finding.code, finding.severity) for finding in findings) == [
+        ("capacity", "error"),
         ("container-foreign", "error"),
         ("engine-foreign", "error"),
         ("port-taken", "error"),
@@ -289,7 +290,7 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
     ]
     text = describe(findings)
     assert text.index("[error]") < text.index("[warning]")
-    assert text.count("remedy:") == 5
+    assert text.count("remedy:") == 6
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,7 @@ def test_preinstalled_drivers_are_equal_and_new_enough() -> None:
         host_input(name, recorded(name), nvidia_driver_source="preinstalled", engine_image_name=image)
         for name, image in (("h800-ib-1", "openmmlab/lmdeploy:v0.18.0-cu13.0"),)
     ]
-    assert judge(*inputs)["h800-ib-1"] == []
+    assert [one.code for one in judge(*inputs)["h800-ib-1"]] == ["capacity"], "eight of them are too few for the model"
     old = edited("h800-ib-2", driver__loaded_version="560.35.05")
     found = judge(
         host_input("gpu1", recorded("h800-ib-1"), nvidia_driver_source="preinstalled"),
@@ -472,7 +473,7 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
     package = root / "python/deploy_dsv3"
     source = "".join(
         (package / f"{name}.py").read_text(encoding="utf-8")
-        for name in ("facts", "network", "rdma", "derive", "host_checks", "preflight")
+        for name in ("facts", "network", "rdma", "derive", "host_checks", "preflight", "fit")
     )
     pattern = r'code="([a-z-]+)"|(?:refuse|_unequal|_unequal_finding)\(\s*"([a-z-]+)"'
     used = {first or second for first, second in re.findall(pattern, source)}

@@ -76,12 +76,13 @@ def test_a_failure_tells_found_cause_remedy_and_log() -> None:
         message="1 of 2 nodes\n[b] joined",
         cause="a firewall",
         remedy="Open port 6379.",
+        page="docs/runbooks/failed-runs.md#ray",
     )
     echo = Failure(host="a", stage="ray", task="Wait for all nodes", message="gave up\nlater")
     told = text(report(Outcome(failures=[first, echo]), exit_code=4, log=Path("/state/runs/1")))
     assert "FAILED stage ray, host b: ray_cluster: Wait for all nodes" in told
     assert "    found:  1 of 2 nodes\n            [b] joined\n" in told
-    assert "    cause:  a firewall\n    remedy: Open port 6379.\n" in told
+    assert "    cause:  a firewall\n    remedy: Open port 6379.\n    see:    docs/runbooks/failed-runs.md#ray\n" in told
     assert "also a, stage ray: gave up\n" in told
     assert "deploy: failed in 2m05s, exit status 4\nlog: /state/runs/1" in told
 

@@ -134,6 +134,41 @@ def test_healthy_is_not_serving(collect: Collect, endpoint: tuple[Endpoint, str]
     assert "NOT serving" in rendered(report)
 
 
+def test_the_log_of_an_engine_that_is_not_well_is_explained(collect: Collect, hosts: dict[str, Any]) -> None:
+    """The worker's container ended: the first cause in its log, and not the echo that stands above it."""
+    hosts[WORKER]["container"]["inspect"]["State"].update(Status="exited", Running=False)
+    hosts[WORKER]["log"] = {
+        "lines": [
+            [17, "2026-11-24T08:00:00Z ray| (RayWorkerWrapper pid=9) ray.exceptions.RayActorError: it died"],
+            [40, "2026-11-24T08:00:01Z ray| NCCL WARN Call to ibv_reg_mr failed with error Cannot allocate memory"],
+        ]
+    }
+    report = collect()
+    cause = report.replicas[0].nodes[1].cause
+    assert cause and (cause.signature.id, cause.line_number) == ("memlock", 40)
+    assert report.replicas[0].nodes[0].cause is None, "the head is well"
+    told = rendered(report)
+    assert f"likely cause    {WORKER}: RDMA cannot pin memory" in told
+    assert "line 40: 2026-11-24T08:00:01Z ray| NCCL WARN" in told
+    assert "docs/runbooks/troubleshooting.md#memlock" in told
+    found = report.as_dict()["replicas"][0]["nodes"][1]["cause"]
+    assert (found["id"], found["page"]) == ("memlock", "docs/runbooks/troubleshooting.md#memlock")
+
+
+def test_what_docker_and_the_launcher_say_counts_as_well(collect: Collect, hosts: dict[str, Any]) -> None:
+    state = hosts[HEAD]["container"]["inspect"]["State"]
+    state.update(Status="created", Running=False, Error="CDI device injection failed: unresolvable CDI devices x")
+    hosts[HEAD]["log"] = {"lines": []}
+    hosts[WORKER]["log"] = {"lines": []}
+    hosts[WORKER]["documents"]["status"].update(phase="degraded", last_error="api_server ended: CUDA out of memory")
+    nodes = collect().replicas[0].nodes
+    assert [node.cause.signature.id if node.cause else "" for node in nodes] == [
+        "no-gpu-in-container",
+        "gpu-out-of-memory",
+    ]
+    assert nodes[0].cause and nodes[0].cause.where == ""
+
+
 @pytest.mark.parametrize("body", [[], {"data": [{}]}, "text"])
 def test_an_endpoint_that_answers_nonsense_is_said_to(
     collect: Collect, endpoint: tuple[Endpoint, str], body: Any

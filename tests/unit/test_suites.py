@@ -300,6 +300,10 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
         lambda d: d.set(engine_image_digest="sha256:0"),
         both("container.image_wanted"),
     ),
+    "an engine out of memory": (
+        lambda d: d.hosts[WORKER].update(log={"lines": [[9, "torch.OutOfMemoryError: CUDA out of memory."]]}),
+        of(WORKER, "container.log"),
+    ),
     "another Ray": (
         lambda d: d.document(WORKER, "release")["versions"].update(ray="2.59.0"),
         both("container.same_versions"),

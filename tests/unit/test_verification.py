@@ -3,7 +3,11 @@
 import ast
 import io
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 
 from deploy_dsv3 import content, hostvars, verification
 from deploy_dsv3.errors import InternalError
+from deploy_dsv3.interruption import Terminated, terminable
 from deploy_dsv3.topology import Deployment, Replica
 from deploy_dsv3.verification import Check, Expectations, Outcome, VerificationReport
 
@@ -135,6 +140,27 @@ def test_a_hang_is_an_error(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(verification, "TIMEOUT_S", 3)
     with pytest.raises(InternalError, match="did not end within 3 s"):
         verify("import time\n\ndef test_it(node):\n    '''Hangs.'''\n    time.sleep(60)\n")
+
+
+def test_whoever_is_stopped_leaves_nothing_running(verify: Verify, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+
+    def stop() -> None:
+        while not started.exists() or not started.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with terminable(), pytest.raises(Terminated):
+        verify(
+            "import pathlib, subprocess\n\n"
+            "def test_it(node):\n    '''Waits for a host.'''\n"
+            "    waiting = subprocess.Popen(['sleep', '120'])\n"
+            f"    pathlib.Path({str(started)!r}).write_text(str(waiting.pid))\n"
+            "    waiting.wait()\n"
+        )
+    stat = Path(f"/proc/{started.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_pytest_options_of_the_operator_have_no_part_in_it(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,7 @@ class Client:
         if outcome.error:
             raise UnreachableError(
                 f"{self._url}/v1/completions: the warm-up request failed: {outcome.error}",
-                remedy="Nothing was measured. See the engine's log: `deploy-dsv3 logs`.",
+                remedy="Nothing was measured. `deploy-dsv3 status` tells what the engine's log says.",
             )
         return outcome
 

@@ -60,7 +60,7 @@ class Head:
             playbook=_PLAYBOOKS / f"{name}.yml",
             inventories=self._options.inventories,
             extra_vars={**self._loaded.settings.extra_vars, "benchmark_head": self._target.head, **variables},
-            user_extra_vars=self._options.extra_vars,
+            user_extra_vars=self._options.variables,
             verbosity=self._options.verbosity,
             passwords=runner.Passwords(
                 become=self._options.become_password,

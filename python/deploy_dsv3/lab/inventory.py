@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy_dsv3 import capacity
+
 from . import hosts, images
 
 _FILES = ("hosts.ini", "group_vars/all.yml")
@@ -47,7 +49,13 @@ model_weights_path: {model}
 preflight_min_memory_gib: 2
 preflight_min_disk_gib: 5
 ray_cluster_object_store_memory_bytes: 268435456
-{limits}"""
+{capacity}{limits}"""
+
+_CAPACITY = """\
+
+# The real model would not fit these GPUs; the one of these hosts is a few KB.
+preflight_require_capacity: false
+"""
 
 _LIMITS = """\
 
@@ -94,9 +102,25 @@ def render(site: Site) -> dict[str, str]:
             distribution=site.distribution,
             registry=site.registry,
             model=hosts.MODEL_PATH,
+            capacity="" if _hold_the_model(site.hosts) else _CAPACITY,
             limits="" if site.can_raise_limits else _LIMITS,
         ),
     }
+
+
+def _hold_the_model(records: Sequence[hosts.HostRecord]) -> bool:
+    """Whether GPUs like these, all in one replica, would hold the model that the hosts pretend to have."""
+    gpus = [record.hardware_profile().gpus for record in records]
+    count = sum(one.count for one in gpus)
+    if not count:
+        return False
+    serving = capacity.Serving(
+        gpus=count,
+        gpu_memory_mib=min(one.memory_mib for one in gpus),
+        gpu_name=gpus[0].model,
+        layout=capacity.Layout(tp=count),
+    )
+    return capacity.estimate(capacity.load_model("deepseek-ai/DeepSeek-V3"), serving).fits
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
