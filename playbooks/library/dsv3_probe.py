@@ -107,6 +107,10 @@ FILES = (
     "etc/systemd/system/dsv3-*.service",
     "etc/systemd/system/dsv3-*.service.d/*",
     "etc/systemd/system/docker.service.d/*",
+    "etc/systemd/system/nvidia-*.service.d/*",
+    "etc/modprobe.d/deploy-dsv3-*",
+    "etc/modules-load.d/deploy-dsv3-*",
+    "etc/sysctl.d/*deploy-dsv3*",
     "etc/cdi/*",
 )
 UNITS = (
@@ -547,16 +551,37 @@ def probe_nvidia_smi():
     return answer
 
 
-def probe_driver(root):
-    """Return the version of the loaded NVIDIA kernel module, and whether nouveau is loaded."""
+def probe_driver(root, ask=None):
+    """Return version and flavour of the loaded NVIDIA kernel module, the version that is installed, and nouveau.
+
+    `ask` as in `probe_units`.
+    """
+    told = read(root, "proc/driver/nvidia/version")
     version = read(root, "sys/module/nvidia/version")
     if not version:
-        match = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", read(root, "proc/driver/nvidia/version"))
+        match = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", told)
         version = match.group(1) if match else ""
+    flavour = "open" if "Open Kernel Module" in told else "proprietary" if told else ""
     return {
         "loaded_version": version,
+        "flavour": flavour if version else "",
+        "installed_version": (ask or run)("modinfo", "--field", "version", "nvidia").strip(),
         "nouveau_loaded": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
     }
+
+
+def probe_fabric(root, ask=None):
+    """Return state and status of the NVSwitch fabric: those of the first GPU that is not done, None without NVSwitch.
+
+    `ask` as in `probe_units`.
+    """
+    if not probe_pci(root)["pci_nvswitches"]:
+        return None
+    rows = (ask or run)("nvidia-smi", "--query-gpu=fabric.state,fabric.status", "--format=csv,noheader").splitlines()
+    found = [[column.strip() for column in row.split(",")] for row in rows if row.count(",") == 1]
+    undone = [row for row in found if row != ["Completed", "Success"]]
+    state, status = (undone or found or [["", ""]])[0]
+    return {"state": state, "status": status}
 
 
 def probe_port(base, device, port):
@@ -1034,6 +1059,7 @@ def probe(arguments, root="/", ask=ip_json):
         ("pci", lambda: probe_pci(root)),
         ("gpus", probe_nvidia_smi),
         ("driver", lambda: {"driver": probe_driver(root)}),
+        ("fabric", lambda: {"fabric": probe_fabric(root)}),
         ("infiniband", lambda: {"infiniband": probe_infiniband(root)}),
         ("docker", lambda: {"docker": probe_docker(root)}),
         ("cdi", lambda: {"cdi": probe_cdi(root)}),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from . import serving
+from . import driver, serving
 from .facts import HostFacts
 from .findings import Finding
 from .network import HostView, Socket, as_ip, choose_sockets, host_port, socket_environment
@@ -71,7 +71,8 @@ class NodePlan:
     """What one host is to be: the variable `dsv3_node` of the roles.
 
     `rank` counts from the head (0) through the workers in inventory order. `gid_index` -1 is NCCL's own
-    choice. `environment` is complete but for the Ray token; `node_file` and `serve_file` are the launcher's
+    choice. `kernel_modules` is the flavour of the driver's, `reboot` why the host has to be rebooted for its driver.
+    `environment` is complete but for the Ray token; `node_file` and `serve_file` are the launcher's
     two files; `reach` is what the probe connects to in order to prove the network between the hosts.
     """
 
@@ -84,6 +85,8 @@ class NodePlan:
     head_address: str
     peers: tuple[Peer, ...]
     gpus: int
+    kernel_modules: driver.Modules
+    reboot: tuple[str, ...]
     expected: Expected
     tp: int
     devices: tuple[str, ...]
@@ -160,6 +163,7 @@ def derive(replica: Replica, hosts: Mapping[str, HostInput]) -> tuple[dict[str, 
         plans[name] = _plan(
             replica,
             hosts[name],
+            facts=seen[name][1],
             socket=socket,
             rdma=rdma[name],
             addresses=addresses,
@@ -187,6 +191,7 @@ def _plan(
     replica: Replica,
     known: HostInput,
     *,
+    facts: HostFacts,
     socket: Socket,
     rdma: Rdma,
     addresses: Mapping[str, str],
@@ -212,6 +217,8 @@ def _plan(
         head_address=head_address,
         peers=peers,
         gpus=gpus,
+        kernel_modules=driver.kernel_modules(facts, settings),
+        reboot=tuple(driver.reboot_reasons(facts, settings)),
         expected=expected,
         tp=tp,
         devices=rdma.devices,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .driver import check_driver
 from .facts import Container, HostFacts, Listener, unread_sections
 from .findings import Finding, Severity
 
@@ -30,9 +31,6 @@ SUPPORTED_OS = frozenset(
 )
 # Oldest Python on a target that ansible-core 2.19 supports (porting guide of ansible-core 2.19).
 MIN_PYTHON = (3, 8)
-# Oldest driver branch for an image's CUDA: minor-version compatibility for a tag that names only the major
-# (CUDA release notes), else the branch that came with it, since kernels compiled at run time need that one.
-MIN_DRIVER = {"cu12": 525, "cu12.8": 570, "cu13": 580}
 # Oldest Docker that hands over GPUs by CDI name (Docker 25 release notes).
 MIN_DOCKER = 25
 # What the distributions carry, where that is older.
@@ -66,7 +64,7 @@ def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_h
     yield from _check_memory(host, facts, settings)
     yield from _check_disks(host, facts, settings)
     yield from _check_gpus(host, facts, settings)
-    yield from _check_driver(host, facts, settings)
+    yield from check_driver(host, facts, settings)
     yield from _check_docker(host, facts, settings)
     yield from _check_containers(host, facts, settings)
     yield from _check_ports(host, facts, settings, is_head=is_head)
@@ -233,61 +231,6 @@ def _check_gpus(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Ite
             if prepared
             else "nothing yet: the host stage installs the driver",
         )
-
-
-def _check_driver(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:
-    prepared = settings["nvidia_driver_source"] == "preinstalled"
-    version = facts.driver.loaded_version
-    if facts.driver.nouveau_loaded:
-        yield Finding(
-            code="nouveau",
-            host=host,
-            severity="error" if prepared else "warning",
-            message=f"{host}: the kernel module nouveau is loaded and holds the GPUs",
-            cause="the distribution loads it where no other driver is installed",
-            remedy="blacklist nouveau and reboot"
-            if prepared
-            else "nothing yet: the host stage blacklists it, and needs a reboot (nvidia_driver_allow_reboot)",
-        )
-    if facts.os.secure_boot and not version and settings["nvidia_driver_source"] == "vendor":
-        yield Finding(
-            code="secure-boot",
-            host=host,
-            severity="error",
-            message=f"{host}: Secure Boot is on, and the vendor's driver is built on the host",
-            cause="its modules are not signed, and enrolling a key needs the console at boot",
-            remedy="switch Secure Boot off, or use signed modules: nvidia_driver_source=distribution on Ubuntu",
-        )
-    if not prepared:
-        return
-    if not version and facts.gpu_count:
-        yield Finding(
-            code="driver-none",
-            host=host,
-            severity="error",
-            message=f"{host}: no NVIDIA driver is loaded, and nvidia_driver_source is preinstalled",
-            cause="the driver is not installed, or its module is not loaded",
-            remedy="install the driver, or set nvidia_driver_source to vendor or distribution",
-        )
-    required = min_driver(settings["engine_image_name"])
-    if version and required and int(version.split(".")[0]) < required:
-        yield Finding(
-            code="driver-old",
-            host=host,
-            severity="error",
-            message=f"{host}: driver {version}, {settings['engine_image_name']} needs branch {required} or newer",
-            cause="the CUDA in the image does not run on an older driver",
-            remedy=f"install driver branch {required} or newer, or choose an image of an older CUDA",
-        )
-
-
-def min_driver(image: str) -> int:
-    """Return the oldest driver branch for an image whose tag names its CUDA (…-cu12.8), else 0."""
-    match = re.search(r"-(cu\d+)(\.\d+)?", image.rpartition(":")[2])
-    if not match:
-        return 0
-    exact = match.group(1) + (match.group(2) or "")
-    return MIN_DRIVER.get(exact, MIN_DRIVER.get(match.group(1), 0))
 
 
 def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:

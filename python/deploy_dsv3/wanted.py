@@ -39,7 +39,7 @@ ROLES: Mapping[str, str] = {
 _ONLY_LOOKING = frozenset({"verify.yml", "health.yml", "preflight.yml", "absent.yml"})
 #: Settings that steer a run and leave no trace on a host, and those that one role hands to another.
 _NO_INPUT = re.compile(
-    r".*_(no_log|secure_logging|allow_restart)"
+    r".*_(no_log|secure_logging|allow_restart|allow_reboot|reboot_batch|reboot_timeout_s)"
     r"|package_repository_.*"
     r"|engine_image_(refresh|pull_timeout_s|registry_username|registry_password)"
 )
