@@ -90,9 +90,13 @@ REACH_TIMEOUT_S = 3
 REGISTRY_TIMEOUT_S = 5
 COMMAND_TIMEOUT_S = 20
 NVIDIA = "0x10de"
+MELLANOX = "0x15b3"
 # PCI class codes, first four digits: VGA and 3D controllers are GPUs, "other bridge" is an NVSwitch.
 GPU_CLASSES = ("0x0300", "0x0302")
 NVSWITCH_CLASS = "0x0680"
+# Controllers of networks: Ethernet and InfiniBand.
+NETWORK_CLASSES = ("0x0200", "0x0207")
+RDMA_MODULES = ("ib_core", "ib_umad", "ib_uverbs", "mlx5_ib", "nvidia_peermem", "rdma_ucm")
 MANAGED_LABEL = "io.deploy-dsv3.managed"
 CONFIG = "etc/deploy-dsv3"
 KEPT = "var/lib/deploy-dsv3"
@@ -129,6 +133,9 @@ PACKAGES = (
     "docker-ce*",
     "containerd*",
     "haproxy",
+    "rdma-core",
+    "ibverbs-*",
+    "libibverbs*",
 )
 # What hundreds of processes with pinned memory depend on, and what decides where their connections go.
 SYSCTLS = (
@@ -619,16 +626,27 @@ def probe_port(base, device, port):
     }
 
 
-def probe_infiniband(root):
-    """Return the device files of /dev/infiniband and every port of every HCA."""
+def probe_infiniband(root, ask=None):
+    """Return the device files of /dev/infiniband, every port of every HCA, and the software that drives them.
+
+    `ask` as in `probe_units`.
+    """
     base = os.path.join(root, "sys/class/infiniband")
     files = os.path.join(root, "dev/infiniband")
+    bus = os.path.join(root, "sys/bus/pci/devices")
     return {
         # rdma-core also makes the directories by-ibdev and by-path there.
         "devices": [name for name in entries(files) if not os.path.isdir(os.path.join(files, name))],
         "ports": [
             probe_port(base, device, port) for device in entries(base) for port in entries(base, device, "ports")
         ],
+        "pci_hcas": sum(
+            read(bus, slot, "vendor") == MELLANOX and read(bus, slot, "class").startswith(NETWORK_CLASSES)
+            for slot in entries(bus)
+        ),
+        "modules": [name for name in RDMA_MODULES if os.path.isdir(os.path.join(root, "sys/module", name))],
+        # MLNX_OFED and DOCA-OFED both bring this command.
+        "ofed": (ask or run)("ofed_info", "-s").strip().rstrip(":"),
     }
 
 

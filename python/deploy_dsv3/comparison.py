@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from deploy_dsv3 import drift, driver, manifest, wanted
+from deploy_dsv3 import drift, driver, manifest, ports, wanted
 from deploy_dsv3.derive import HostInput, NodePlan
 from deploy_dsv3.drift import Drift
 from deploy_dsv3.facts import Container, HostFacts
@@ -32,13 +32,17 @@ _COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
         ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))
     ),
 }
-_COMPARED_NODE = frozenset({"devices", "environment", "kernel_modules", "node_file", "reboot", "serve_file"})
+_COMPARED_NODE = frozenset(
+    ("devices", "environment", "kernel_modules", "node_file", "reboot", "reserved_ports", "serve_file")
+)
 # What a changed input of a role means, in words.
 _SUBJECTS: Mapping[str, str] = {
     "nvidia_driver": "NVIDIA driver packages",
     "fabric_manager": "fabric manager package",
     "docker_engine": "Docker packages",
     "nvidia_container_toolkit": "container toolkit and CDI specification",
+    "rdma": "RDMA packages and modules",
+    "node_network": f"sysctl {ports.SYSCTL}",
     "engine_image": "engine image",
     "lmdeploy": "API keys of the engine",
     "endpoint": "configuration of the endpoint",
@@ -201,6 +205,9 @@ def _makes_again(view: View, one: Drift) -> bool:
             return field not in _LEFT_TO_DOCKER and (bool(one.recorded) or field not in ("labels", "log"))
         case "unit":
             return bool(one.recorded)
+        case "sysctl":
+            # What others reserve besides stays reserved.
+            return view.node.reserved_ports not in ("", one.found)
     return True
 
 
@@ -288,6 +295,19 @@ def _nvidia_container_toolkit(view: View) -> Iterator[Action]:
     path = view.settings["nvidia_container_toolkit_cdi_spec_path"]
     if path not in view.facts.cdi.specs:
         yield view.action(role, "created", path, "nothing names the GPUs to Docker yet")
+
+
+def _rdma(view: View) -> Iterator[Action]:
+    found = view.facts.infiniband
+    if not found.ofed and not view.has_package("rdma-core"):
+        yield view.action("rdma", "created", _SUBJECTS["rdma"], "rdma-core is not installed, and no OFED is there")
+
+
+def _node_network(view: View) -> Iterator[Action]:
+    found, wish = view.state.get(f"sysctl {ports.SYSCTL}", ""), view.node.reserved_ports
+    if wish and found != wish:
+        why = f"{_short(found)} → {_short(wish)}" if found else f"{_short(wish)}: none is reserved yet"
+        yield view.action("node_network", "changed" if found else "created", _SUBJECTS["node_network"], why)
 
 
 def _engine_image(view: View) -> Iterator[Action]:
@@ -383,6 +403,8 @@ _COMPARISONS: Mapping[str, Callable[[View], Iterator[Action]]] = {
     "fabric_manager": _fabric_manager,
     "docker_engine": _docker_engine,
     "nvidia_container_toolkit": _nvidia_container_toolkit,
+    "rdma": _rdma,
+    "node_network": _node_network,
     "engine_image": _engine_image,
     "engine": _engine,
     "lmdeploy": _lmdeploy,

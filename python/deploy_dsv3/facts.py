@@ -190,6 +190,14 @@ class Infiniband(Section):
 
     devices: tuple[str, ...] = Field((), description="Names in /dev/infiniband")
     ports: tuple[HcaPort, ...] = Field((), description="Every port of every HCA")
+    pci_hcas: int = Field(0, description="NVIDIA (Mellanox) network controllers on the PCI bus; needs no driver")
+    modules: tuple[str, ...] = Field((), description="Kernel modules of RDMA that are loaded")
+    ofed: str = Field("", description="Release of an installed MLNX_OFED or DOCA-OFED, empty for none")
+
+    @property
+    def has_hca(self) -> bool:
+        """Whether the host has an HCA, driven or not."""
+        return bool(self.ports or self.pci_hcas)
 
 
 class ContainerConfig(Section):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from . import ports
 from .driver import check_driver
 from .facts import Container, HostFacts, Listener, unread_sections
 from .findings import Finding, Severity
@@ -39,21 +40,6 @@ DISTRIBUTION_DOCKER = {("debian", "12"): "20.10"}
 MIN_DISK_WITH_IMAGE_GIB = 1
 OTHER_ENGINES = ("lmdeploy", "vllm", "sglang")
 _DISTRIBUTED = ("nvidia_driver_source", "docker_engine_source", "nvidia_container_toolkit_source")
-_PORTS_EVERYWHERE = (
-    "ray_cluster_node_manager_port",
-    "ray_cluster_object_manager_port",
-    "ray_cluster_runtime_env_agent_port",
-    "ray_cluster_dashboard_agent_grpc_port",
-    "ray_cluster_dashboard_agent_listen_port",
-    "ray_cluster_metrics_export_port",
-)
-_PORTS_ON_HEAD = (
-    "ray_cluster_port",
-    "ray_cluster_dashboard_port",
-    "ray_cluster_client_server_port",
-    "lmdeploy_server_port",
-    "lmdeploy_dist_port",
-)
 
 
 def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
@@ -319,12 +305,7 @@ def _check_containers(host: str, facts: HostFacts, settings: Mapping[str, Any]) 
 
 
 def _check_ports(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
-    names = [*_PORTS_EVERYWHERE]
-    if is_head:
-        names += _PORTS_ON_HEAD
-        if settings["endpoint_mode"] == "proxy":
-            names.append("endpoint_port")
-    by_port = {settings[name]: name for name in names}
+    by_port = {settings[name]: name for name in ports.names(settings, is_head=is_head)}
     own = {container.id for container in facts.docker.containers if _is_ours(container)}
     first, last = settings["ray_cluster_min_worker_port"], settings["ray_cluster_max_worker_port"]
     taken: dict[int, Listener] = {}

@@ -29,6 +29,8 @@ ROLES: Mapping[str, str] = {
     "fabric_manager": "host",
     "docker_engine": "host",
     "nvidia_container_toolkit": "host",
+    "rdma": "host",
+    "node_network": "host",
     "engine_image": "image",
     "engine": "container",
     "lmdeploy": "engine",
@@ -63,6 +65,10 @@ def applies(role: str, settings: Mapping[str, Any], facts: HostFacts, *, is_head
         return False
     if role == "fabric_manager":
         return bool(facts.pci_nvswitches)
+    if role == "node_network":
+        return bool(settings["node_network_reserve_ports"])
+    if role == "rdma":
+        return facts.infiniband.has_hca
     if role == "endpoint":
         return is_head and settings["endpoint_mode"] == "proxy"
     return True

@@ -17,6 +17,7 @@ from conftest import up
 from product import Product, Run, Times
 from rich.console import Console
 
+from deploy_dsv3 import ports
 from deploy_dsv3.lab import bringup, hardware
 from deploy_dsv3.lab.fleet import Lab
 from deploy_dsv3.lab.hosts import Host
@@ -66,8 +67,8 @@ PAIR = """\
 pair_head
 pair_workers
 """
-OLD, MISMATCH, NOUVEAU, PCIE = "gpu-03", "gpu-04", "gpu-05", "gpu-06"
-NVSWITCH = ("gpu-01", "gpu-02", OLD, MISMATCH, NOUVEAU)
+OFED, OLD, MISMATCH, NOUVEAU, PCIE = "gpu-02", "gpu-03", "gpu-04", "gpu-05", "gpu-06"
+NVSWITCH = ("gpu-01", OFED, OLD, MISMATCH, NOUVEAU)
 WANTED = "580.105.08"
 
 
@@ -242,6 +243,27 @@ def test_the_container_runtime_knows_every_gpu(prepared: Run, servers: Servers) 
         assert json.loads(said(host, "docker", "info", "--format", "{{json .CDISpecDirs}}")), host.name
 
 
+def test_rdma_is_the_distributions_or_an_ofed_and_never_both(prepared: Run, servers: Servers) -> None:
+    for host in servers.lab:
+        has_core = host.run(["dpkg", "--status", "rdma-core"], check=False).returncode == 0
+        modules = host.run(["cat", "/etc/modules-load.d/deploy-dsv3-rdma.conf"], check=False).stdout.split()
+        peermem = "nvidia_peermem" in said(host, "lsmod")
+        if host.name == PCIE:  # without an HCA there is nothing to do
+            assert (has_core, modules, peermem) == (False, [], False)
+        elif host.name == OFED:
+            assert not has_core and peermem and modules[-1] == "nvidia_peermem"
+        else:
+            assert has_core and not peermem and modules[-1] == "rdma_ucm", host.name
+
+
+def test_the_kernel_keeps_the_engines_ports(prepared: Run, servers: Servers) -> None:
+    for host in servers.lab:
+        reserved = ports.parse(said(host, "cat", "/proc/sys/net/ipv4/ip_local_reserved_ports"))
+        assert {6380, 8000, *range(10002, 11000)} <= reserved or host.name == "gpu-02", host.name
+        assert {6380, *range(10002, 11000)} <= reserved, host.name
+        assert "ip_local_reserved_ports" in said(host, "cat", "/etc/sysctl.d/90-deploy-dsv3.conf"), host.name
+
+
 def test_a_second_run_changes_nothing(prepared: Run, product: Product, servers: Servers) -> None:
     """And needs no consent any more."""
     run = product(*servers.options(), what="host stage again, six kinds of server")
@@ -263,6 +285,11 @@ def test_each_host_gets_the_gid_that_fits_it(prepared: Run, product: Product, se
     assert environments["gpu-01"]["NCCL_IB_GID_INDEX"] == "3"
     assert environments["gpu-02"]["NCCL_IB_GID_INDEX"] == "5"
     assert environments[PCIE]["NCCL_IB_DISABLE"] == "1"
+    told = {host["host"]: host for replica in run.document["replicas"] for host in replica["hosts"]}
+    assert {told[name]["gpudirect"] for name in NVSWITCH} == {"dma-buf"} and told[PCIE]["gpudirect"] == "none"
+    assert not [action for host in told.values() for action in host["actions"] if action["stage"] == "host"], (
+        "the plan finds nothing to do in a stage that is done"
+    )
 
 
 @pytest.mark.parametrize(
@@ -311,5 +338,6 @@ def test_absent_undoes_what_the_roles_did(prepared: Run, product: Product, serve
         installed = {name for name, (_, now) in left.items() if name.startswith("packages: ") and "installed" in now}
         assert not {name for name in installed if "nvidia" in name or "docker" in name}, host.name
         assert said(host, "apt-mark", "showhold") == "", host.name
+        assert said(host, "cat", "/proc/sys/net/ipv4/ip_local_reserved_ports") == "", host.name
     again = product("destroy", "--inventory", servers.inventory, "--remove-drivers", "--yes", "--json")
     assert {stats["changed"] for stats in again.document["hosts"].values()} == {0}

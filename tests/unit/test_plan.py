@@ -121,10 +121,12 @@ class TestBare:
                 "docker_engine_source",
                 "nvidia_container_toolkit_source",
                 "fabric_manager_source",
+                "rdma_source",
             ),
             "preinstalled",
         )
-        roles = {action.role for action in planned(bare(), **sources).actions}
+        made = planned(bare(), **sources, node_network_reserve_ports=False)
+        roles = {action.role for action in made.actions}
         assert roles == {"engine_image", "engine", "lmdeploy", "endpoint"}
 
 

@@ -440,6 +440,22 @@ def test_hca_ports(tmp_path: Path) -> None:
     ]
 
 
+def test_hcas_before_they_have_a_driver_and_the_software_that_drives_them(tmp_path: Path) -> None:
+    bus = "sys/bus/pci/devices/0000:"
+    devices = {"19:00.0": ("0x15b3", "0x020700"), "1a:00.0": ("0x15b3", "0x020000"), "1b:00.0": ("0x15b3", "0x0c0500")}
+    files = {
+        f"{bus}{slot}/{name}": f"{value}\n"
+        for slot, (vendor, kind) in {**devices, "01:00.0": ("0x8086", "0x020000")}.items()
+        for name, value in (("vendor", vendor), ("class", kind))
+    }
+    write(tmp_path, {**files, "sys/module/ib_core/": "", "sys/module/nvidia_peermem/": ""})
+    found = probe.probe_infiniband(str(tmp_path), lambda *_: "OFED-internal-25.07-0.9.7:\n")
+    assert found["pci_hcas"] == 2, "the management function of a DPU is no network controller"
+    assert found["modules"] == ["ib_core", "nvidia_peermem"]
+    assert found["ofed"] == "OFED-internal-25.07-0.9.7"
+    assert found["ports"] == [] and found["devices"] == []
+
+
 def test_listeners_with_container_and_unit(tmp_path: Path) -> None:
     if sys.byteorder != "little":
         pytest.skip("the recorded tables are of a little-endian host")
