@@ -241,6 +241,15 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             remedy="start Docker, or set docker_engine_source to distribution or repository",
         )
     source = settings["docker_engine_source"]
+    if source == "distribution" and facts.os.family == "RedHat":
+        yield Finding(
+            code="docker-source",
+            host=host,
+            severity="error",
+            message=f"{host}: {facts.os.id} {facts.os.version_id} itself carries no Docker",
+            cause="docker_engine_source is distribution",
+            remedy="set docker_engine_source to repository for this host",
+        )
     packaged = DISTRIBUTION_DOCKER.get((facts.os.id, facts.os.version_id), "")
     version = docker.version or (packaged if source == "distribution" else "")
     if version and source != "repository" and int(version.split(".")[0]) < MIN_DOCKER:

@@ -6,6 +6,8 @@ A lab of its own, beside the one of the other files: no engine is started on it.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from deploy_dsv3.lab.paths import default_paths
 from deploy_dsv3.lab.progress import Steps
 
 NAME = "hosts"
+RUNBOOK = Path(__file__).parents[2] / "docs" / "runbooks" / "prepare-a-server.md"
 PROFILES = (
     "h20-roce",
     str(Path(__file__).parent / "profiles" / "h20-roce-mlx5.yml"),
@@ -322,7 +325,7 @@ def test_what_is_broken_is_named(
     assert all(word in found["message"] for word in (MISMATCH, *words)), found["message"]
 
 
-# ---------------------------------------------------------------------- undone
+# ---------------------------------------------------------------------- undone, and from the beginning by the book
 
 
 def test_absent_undoes_what_the_roles_did(prepared: Run, product: Product, servers: Servers) -> None:
@@ -341,3 +344,18 @@ def test_absent_undoes_what_the_roles_did(prepared: Run, product: Product, serve
         assert said(host, "cat", "/proc/sys/net/ipv4/ip_local_reserved_ports") == "", host.name
     again = product("destroy", "--inventory", servers.inventory, "--remove-drivers", "--yes", "--json")
     assert {stats["changed"] for stats in again.document["hosts"].values()} == {0}
+
+
+def test_the_runbook(product: Product, servers: Servers, tmp_path: Path) -> None:
+    """Every command of "Preparing a new GPU server", in its order, on a server on which nouveau holds the GPUs."""
+    host = servers.lab[NOUVEAU]
+    servers.lab.reset(host)
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "hosts.ini").write_text(f"[dsv3_head]\n{host.name} ansible_host={host.address}\n")
+    (tmp_path / "group_vars" / "all.yml").write_text((servers.lab.inventory / "group_vars" / "all.yml").read_text())
+    commands = re.findall(r"<!-- exit status (\d+) -->\n```console\n(.+)\n```", RUNBOOK.read_text())
+    assert len(commands) == RUNBOOK.read_text().count("```console")
+    for status, line in commands:
+        program, *words = shlex.split(line)
+        assert program == "deploy-dsv3"
+        product(*(str(tmp_path) if word == "prod.ini" else word for word in words), expect=int(status))
