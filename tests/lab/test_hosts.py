@@ -42,33 +42,43 @@ INVENTORY = """\
 {0.name} ansible_host={0.address}
 [roce_workers]
 {1.name} ansible_host={1.address}
-[old_head]
-{2.name} ansible_host={2.address}
-[mismatch_head]
-{3.name} ansible_host={3.address}
-[nouveau_head]
-{4.name} ansible_host={4.address}
-[pcie_head]
-{5.name} ansible_host={5.address}
 [roce:children]
 roce_head
 roce_workers
+
+[old_head]
+{2.name} ansible_host={2.address}
+[old:children]
+old_head
+
+[mismatch_head]
+{3.name} ansible_host={3.address}
+[mismatch:children]
+mismatch_head
+
+[nouveau_head]
+{4.name} ansible_host={4.address}
+[nouveau:children]
+nouveau_head
+
+[pcie_head]
+{5.name} ansible_host={5.address}
+[pcie:children]
+pcie_head
+
 [dsv3:children]
 roce
-old_head
-mismatch_head
-nouveau_head
-pcie_head
+old
+mismatch
+nouveau
+pcie
 """
 #: Two prepared servers with InfiniBand as one replica.
 PAIR = """\
-[pair_head]
+[dsv3_head]
 {2.name} ansible_host={2.address}
-[pair_workers]
+[dsv3_workers]
 {3.name} ansible_host={3.address}
-[dsv3:children]
-pair_head
-pair_workers
 """
 OFED, OLD, MISMATCH, NOUVEAU, PCIE = "gpu-02", "gpu-03", "gpu-04", "gpu-05", "gpu-06"
 NVSWITCH = ("gpu-01", OFED, OLD, MISMATCH, NOUVEAU)
