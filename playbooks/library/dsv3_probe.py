@@ -107,6 +107,7 @@ MODEL_CONFIG_LIMIT = 1 << 20
 FILES = (
     "etc/apt/keyrings/deploy-dsv3-*",
     "etc/apt/sources.list.d/deploy-dsv3-*",
+    "etc/apt/apt.conf.d/deploy-dsv3-*",
     "etc/yum.repos.d/deploy-dsv3-*",
     "etc/systemd/system/dsv3-*.service",
     "etc/systemd/system/dsv3-*.service.d/*",

@@ -26,7 +26,10 @@ Kind = Literal["created", "changed", "restarted", "rebooted", "downloaded", "rem
 _COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
     "docker_engine": frozenset(
         f"docker_engine_{name}"
-        for name in ("data_path", "insecure_registries", "live_restore", "options", "registry_mirrors")
+        for name in (
+            *("data_path", "insecure_registries", "live_restore", "no_proxy", "options", "proxy_url"),
+            "registry_mirrors",
+        )
     ),
     "engine_image": frozenset(
         ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))

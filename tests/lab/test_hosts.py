@@ -181,6 +181,15 @@ def test_a_fabric_manager_of_another_version_is_named(refused: Run) -> None:
     assert "580.95.05" in found["message"] and WANTED in found["message"]
 
 
+def test_a_key_of_somebody_else_is_not_trusted(refused: Run, product: Product, servers: Servers) -> None:
+    other = "nvidia_driver_repository_key_fingerprint=EB693B3035CD5710E231E123A4B469963BF863CC"
+    run = product(*servers.options("--limit", "pcie", "--extra-vars", other), expect=4)
+    (failure,) = run.document["failures"]
+    assert failure["host"] == PCIE and "EB693B3035CD5710E231E123A4B469963BF863CC" in failure["message"]
+    source = "/etc/apt/sources.list.d/deploy-dsv3-nvidia-driver.sources"
+    assert servers.lab[PCIE].run(["test", "-e", source], check=False).returncode == 1
+
+
 # ---------------------------------------------------------------------- with consent
 
 

@@ -103,7 +103,7 @@ def test_driver_packages(system: str, settings: Mapping[str, Any], packages: lis
     ("system", "url", "key"),
     [
         ("debian12", f"{CUDA}/debian12/x86_64/", f"{CUDA}/debian12/x86_64/3bf863cc.pub"),
-        ("debian13", f"{CUDA}/debian13/x86_64/", f"{CUDA}/debian13/x86_64/3bf863cc.pub"),
+        ("debian13", f"{CUDA}/debian13/x86_64/", f"{CUDA}/debian13/x86_64/8793F200.pub"),
         ("ubuntu2204", f"{CUDA}/ubuntu2204/x86_64/", f"{CUDA}/ubuntu2204/x86_64/3bf863cc.pub"),
         ("ubuntu2404", f"{CUDA}/ubuntu2404/x86_64/", f"{CUDA}/ubuntu2404/x86_64/3bf863cc.pub"),
         ("rhel9", f"{CUDA}/rhel9/x86_64/", f"{CUDA}/rhel9/x86_64/D42D0685.pub"),
@@ -120,6 +120,27 @@ def test_driver_repository(system: str, url: str, key: str) -> None:
     }
     assert variable("nvidia_driver", "__nvidia_driver_url", system, **mirror) == "https://mirror.example/"
     assert variable("nvidia_driver", "__nvidia_driver_key_url", system, **mirror) == "https://k"
+
+
+@pytest.mark.parametrize(
+    ("role", "system", "ending"),
+    [
+        ("nvidia_driver", "debian12", "3BF863CC"),
+        ("nvidia_driver", "debian13", "8793F200"),
+        ("nvidia_driver", "ubuntu2404", "3BF863CC"),
+        ("nvidia_driver", "rocky9", "D42D0685"),
+        ("nvidia_container_toolkit", "debian13", "F796ECB0"),
+        ("docker_engine", "debian12", "0EBFCD88"),
+        ("docker_engine", "rhel9", "621E9F35"),
+    ],
+)
+def test_fingerprints_of_keys(role: str, system: str, ending: str) -> None:
+    """The vendor's own where the vendor's key is used; of a site's key only what the site says."""
+    name, setting = f"__{role}_fingerprint", f"{role}_repository_key"
+    own = variable(role, name, system)
+    assert len(own) == 40 and own.endswith(ending)
+    assert variable(role, name, system, **{f"{setting}_url": "https://k"}) == ""
+    assert variable(role, name, system, **{f"{setting}_url": "https://k", f"{setting}_fingerprint": "AB"}) == "AB"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +185,20 @@ def test_docker(system: str, source: str, url: str, packages: set[str]) -> None:
     assert packages <= set(variable("docker_engine", "__docker_engine_package_sets", system)[source])
     assert variable("docker_engine", "__docker_engine_vendor_url", system) == url
     assert variable("docker_engine", "__docker_engine_suites", system) == SYSTEMS[system]["codename"]
+
+
+def test_images_are_pulled_through_a_proxy_of_their_own() -> None:
+    name = "__docker_engine_registries"
+    assert "proxies" not in variable("docker_engine", name, "debian13")
+    proxy = {
+        "docker_engine_proxy_url": "http://proxy.example:3128",
+        "docker_engine_no_proxy": [".example", "10.0.0.0/8"],
+    }
+    assert variable("docker_engine", name, "debian13", **proxy)["proxies"] == {
+        "http-proxy": "http://proxy.example:3128",
+        "https-proxy": "http://proxy.example:3128",
+        "no-proxy": ".example,10.0.0.0/8",
+    }
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
