@@ -192,7 +192,7 @@ def test_images_are_pulled_through_a_proxy_of_their_own() -> None:
     assert "proxies" not in variable("docker_engine", name, "debian13")
     proxy = {
         "docker_engine_proxy_url": "http://proxy.example:3128",
-        "docker_engine_no_proxy": [".example", "10.0.0.0/8"],
+        "docker_engine_no_proxy": [".example", "10.0.0.1"],
     }
     assert variable("docker_engine", name, "debian13", **proxy)["proxies"] == {
         "http-proxy": "http://proxy.example:3128",
