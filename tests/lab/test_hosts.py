@@ -309,9 +309,9 @@ def test_each_host_gets_the_gid_that_fits_it(prepared: Run, product: Product, se
     assert environments[PCIE]["NCCL_IB_DISABLE"] == "1"
     told = {host["host"]: host for replica in run.document["replicas"] for host in replica["hosts"]}
     assert {told[name]["gpudirect"] for name in NVSWITCH} == {"dma-buf"} and told[PCIE]["gpudirect"] == "none"
-    assert not [action for host in told.values() for action in host["actions"] if action["stage"] == "host"], (
-        "the plan finds nothing to do in a stage that is done"
-    )
+    # No finished deploy is on record, so the roles are walked once more; none has anything to do.
+    host_stage = [action for host in told.values() for action in host["actions"] if action["stage"] == "host"]
+    assert {action["kind"] for action in host_stage} == {"checked"}
 
 
 @pytest.mark.parametrize(
