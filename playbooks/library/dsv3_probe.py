@@ -90,9 +90,13 @@ REACH_TIMEOUT_S = 3
 REGISTRY_TIMEOUT_S = 5
 COMMAND_TIMEOUT_S = 20
 NVIDIA = "0x10de"
+MELLANOX = "0x15b3"
 # PCI class codes, first four digits: VGA and 3D controllers are GPUs, "other bridge" is an NVSwitch.
 GPU_CLASSES = ("0x0300", "0x0302")
 NVSWITCH_CLASS = "0x0680"
+# Controllers of networks: Ethernet and InfiniBand.
+NETWORK_CLASSES = ("0x0200", "0x0207")
+RDMA_MODULES = ("ib_core", "ib_umad", "ib_uverbs", "mlx5_ib", "nvidia_peermem", "rdma_ucm")
 MANAGED_LABEL = "io.deploy-dsv3.managed"
 CONFIG = "etc/deploy-dsv3"
 KEPT = "var/lib/deploy-dsv3"
@@ -103,10 +107,15 @@ MODEL_CONFIG_LIMIT = 1 << 20
 FILES = (
     "etc/apt/keyrings/deploy-dsv3-*",
     "etc/apt/sources.list.d/deploy-dsv3-*",
+    "etc/apt/apt.conf.d/deploy-dsv3-*",
     "etc/yum.repos.d/deploy-dsv3-*",
     "etc/systemd/system/dsv3-*.service",
     "etc/systemd/system/dsv3-*.service.d/*",
     "etc/systemd/system/docker.service.d/*",
+    "etc/systemd/system/nvidia-*.service.d/*",
+    "etc/modprobe.d/deploy-dsv3-*",
+    "etc/modules-load.d/deploy-dsv3-*",
+    "etc/sysctl.d/*deploy-dsv3*",
     "etc/cdi/*",
 )
 UNITS = (
@@ -125,6 +134,9 @@ PACKAGES = (
     "docker-ce*",
     "containerd*",
     "haproxy",
+    "rdma-core",
+    "ibverbs-*",
+    "libibverbs*",
 )
 # What hundreds of processes with pinned memory depend on, and what decides where their connections go.
 SYSCTLS = (
@@ -547,16 +559,37 @@ def probe_nvidia_smi():
     return answer
 
 
-def probe_driver(root):
-    """Return the version of the loaded NVIDIA kernel module, and whether nouveau is loaded."""
+def probe_driver(root, ask=None):
+    """Return version and flavour of the loaded NVIDIA kernel module, the version that is installed, and nouveau.
+
+    `ask` as in `probe_units`.
+    """
+    told = read(root, "proc/driver/nvidia/version")
     version = read(root, "sys/module/nvidia/version")
     if not version:
-        match = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", read(root, "proc/driver/nvidia/version"))
+        match = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", told)
         version = match.group(1) if match else ""
+    flavour = "open" if "Open Kernel Module" in told else "proprietary" if told else ""
     return {
         "loaded_version": version,
+        "flavour": flavour if version else "",
+        "installed_version": (ask or run)("modinfo", "--field", "version", "nvidia").strip(),
         "nouveau_loaded": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
     }
+
+
+def probe_fabric(root, ask=None):
+    """Return state and status of the NVSwitch fabric: those of the first GPU that is not done, None without NVSwitch.
+
+    `ask` as in `probe_units`.
+    """
+    if not probe_pci(root)["pci_nvswitches"]:
+        return None
+    rows = (ask or run)("nvidia-smi", "--query-gpu=fabric.state,fabric.status", "--format=csv,noheader").splitlines()
+    found = [[column.strip() for column in row.split(",")] for row in rows if row.count(",") == 1]
+    undone = [row for row in found if row != ["Completed", "Success"]]
+    state, status = (undone or found or [["", ""]])[0]
+    return {"state": state, "status": status}
 
 
 def probe_port(base, device, port):
@@ -594,16 +627,27 @@ def probe_port(base, device, port):
     }
 
 
-def probe_infiniband(root):
-    """Return the device files of /dev/infiniband and every port of every HCA."""
+def probe_infiniband(root, ask=None):
+    """Return the device files of /dev/infiniband, every port of every HCA, and the software that drives them.
+
+    `ask` as in `probe_units`.
+    """
     base = os.path.join(root, "sys/class/infiniband")
     files = os.path.join(root, "dev/infiniband")
+    bus = os.path.join(root, "sys/bus/pci/devices")
     return {
         # rdma-core also makes the directories by-ibdev and by-path there.
         "devices": [name for name in entries(files) if not os.path.isdir(os.path.join(files, name))],
         "ports": [
             probe_port(base, device, port) for device in entries(base) for port in entries(base, device, "ports")
         ],
+        "pci_hcas": sum(
+            read(bus, slot, "vendor") == MELLANOX and read(bus, slot, "class").startswith(NETWORK_CLASSES)
+            for slot in entries(bus)
+        ),
+        "modules": [name for name in RDMA_MODULES if os.path.isdir(os.path.join(root, "sys/module", name))],
+        # MLNX_OFED and DOCA-OFED both bring this command.
+        "ofed": (ask or run)("ofed_info", "-s").strip().rstrip(":"),
     }
 
 
@@ -1034,6 +1078,7 @@ def probe(arguments, root="/", ask=ip_json):
         ("pci", lambda: probe_pci(root)),
         ("gpus", probe_nvidia_smi),
         ("driver", lambda: {"driver": probe_driver(root)}),
+        ("fabric", lambda: {"fabric": probe_fabric(root)}),
         ("infiniband", lambda: {"infiniband": probe_infiniband(root)}),
         ("docker", lambda: {"docker": probe_docker(root)}),
         ("cdi", lambda: {"cdi": probe_cdi(root)}),

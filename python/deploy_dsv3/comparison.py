@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from deploy_dsv3 import drift, manifest, wanted
+from deploy_dsv3 import drift, driver, manifest, ports, wanted
 from deploy_dsv3.derive import HostInput, NodePlan
 from deploy_dsv3.drift import Drift
 from deploy_dsv3.facts import Container, HostFacts
@@ -26,19 +26,26 @@ Kind = Literal["created", "changed", "restarted", "rebooted", "downloaded", "rem
 _COMPARED_SETTINGS: Mapping[str, frozenset[str]] = {
     "docker_engine": frozenset(
         f"docker_engine_{name}"
-        for name in ("data_path", "insecure_registries", "live_restore", "options", "registry_mirrors")
+        for name in (
+            *("data_path", "insecure_registries", "live_restore", "no_proxy", "options", "proxy_url"),
+            "registry_mirrors",
+        )
     ),
     "engine_image": frozenset(
         ("docker_engine_registry_mirrors", *(f"engine_image_{name}" for name in ("archive_path", "digest", "name")))
     ),
 }
-_COMPARED_NODE = frozenset({"devices", "environment", "node_file", "serve_file"})
+_COMPARED_NODE = frozenset(
+    ("devices", "environment", "kernel_modules", "node_file", "reboot", "reserved_ports", "serve_file")
+)
 # What a changed input of a role means, in words.
 _SUBJECTS: Mapping[str, str] = {
     "nvidia_driver": "NVIDIA driver packages",
     "fabric_manager": "fabric manager package",
     "docker_engine": "Docker packages",
     "nvidia_container_toolkit": "container toolkit and CDI specification",
+    "rdma": "RDMA packages and modules",
+    "node_network": f"sysctl {ports.SYSCTL}",
     "engine_image": "engine image",
     "lmdeploy": "API keys of the engine",
     "endpoint": "configuration of the endpoint",
@@ -73,7 +80,7 @@ class Action:
         stage: in which stage.
         role: by which role.
         kind: what happens to the subject. ``checked`` is a role that is walked because nothing is known of its
-            last run, and may find nothing to do; ``rebooted`` is for the operator to do.
+            last run, and may find nothing to do.
         subject: what it happens to.
         why: what was found, and what is wanted.
         bytes: bytes to download; None where that is not known or does not apply.
@@ -210,6 +217,9 @@ def _makes_again(view: View, one: Drift) -> bool:
             return field not in _LEFT_TO_DOCKER and (bool(one.recorded) or field not in ("labels", "log"))
         case "unit":
             return bool(one.recorded)
+        case "sysctl":
+            # What others reserve besides stays reserved.
+            return view.node.reserved_ports not in ("", one.found)
     return True
 
 
@@ -249,25 +259,32 @@ def _compared(view: View, role: str) -> Iterator[Action]:
 
 def _nvidia_driver(view: View) -> Iterator[Action]:
     facts, settings = view.facts, view.settings
-    if facts.gpus:
-        return
+    branch = settings["nvidia_driver_branch"]
+    subject = f"NVIDIA driver {branch} ({settings['nvidia_driver_source']}, {view.node.kernel_modules} modules)"
+    version = facts.driver.installed_version or facts.driver.loaded_version
     error = facts.nvidia_smi.error
-    if "mismatch" in error:
-        yield view.action(
-            "nvidia_driver", "rebooted", "the host", f"nvidia-smi: {error}. No role reboots: reboot it yourself"
-        )
-        return
-    source, modules = settings["nvidia_driver_source"], settings["nvidia_driver_kernel_modules"]
-    subject = f"NVIDIA driver {settings['nvidia_driver_branch']} ({source}, {modules} modules)"
-    yield view.action(
-        "nvidia_driver", "created", subject, f"nvidia-smi: {error}" if error else "there is no nvidia-smi"
-    )
+    if version and not driver.is_of_branch(version, branch):
+        why = f"driver {version} is installed, {branch} is wanted"
+        yield view.action("nvidia_driver", "changed", _SUBJECTS["nvidia_driver"], why)
+    elif not (facts.gpus or version):
+        why = f"nvidia-smi: {error}" if error else "there is no nvidia-smi"
+        yield view.action("nvidia_driver", "created", subject, why)
+    if view.node.reboot:
+        why = "; ".join(view.node.reboot)
+        if not settings["nvidia_driver_allow_reboot"]:
+            why += ": nvidia_driver_allow_reboot is needed"
+        yield view.action("nvidia_driver", "rebooted", "the host", why, stops=True)
 
 
 def _fabric_manager(view: View) -> Iterator[Action]:
+    facts = view.facts
+    found, subject = facts.fabric_manager_version, "fabric manager of the driver's version"
     if "unit nvidia-fabricmanager.service active" not in view.state:
-        why = f"the host has {len(view.facts.pci_nvswitches)} NVSwitches and no fabric manager"
-        yield view.action("fabric_manager", "created", "fabric manager of the driver's version", why)
+        why = f"the host has {len(facts.pci_nvswitches)} NVSwitches and no fabric manager"
+        yield view.action("fabric_manager", "created", subject, why)
+    elif found and facts.driver.loaded_version not in ("", found):
+        why = f"the fabric manager is {found}, the driver {facts.driver.loaded_version}"
+        yield view.action("fabric_manager", "changed", subject, why)
 
 
 def _docker_engine(view: View) -> Iterator[Action]:
@@ -290,6 +307,19 @@ def _nvidia_container_toolkit(view: View) -> Iterator[Action]:
     path = view.settings["nvidia_container_toolkit_cdi_spec_path"]
     if path not in view.facts.cdi.specs:
         yield view.action(role, "created", path, "nothing names the GPUs to Docker yet")
+
+
+def _rdma(view: View) -> Iterator[Action]:
+    found = view.facts.infiniband
+    if not found.ofed and not view.has_package("rdma-core"):
+        yield view.action("rdma", "created", _SUBJECTS["rdma"], "rdma-core is not installed, and no OFED is there")
+
+
+def _node_network(view: View) -> Iterator[Action]:
+    found, wish = view.state.get(f"sysctl {ports.SYSCTL}", ""), view.node.reserved_ports
+    if wish and found != wish:
+        why = f"{_short(found)} → {_short(wish)}" if found else f"{_short(wish)}: none is reserved yet"
+        yield view.action("node_network", "changed" if found else "created", _SUBJECTS["node_network"], why)
 
 
 def _engine_image(view: View) -> Iterator[Action]:
@@ -389,6 +419,8 @@ _COMPARISONS: Mapping[str, Callable[[View], Iterator[Action]]] = {
     "fabric_manager": _fabric_manager,
     "docker_engine": _docker_engine,
     "nvidia_container_toolkit": _nvidia_container_toolkit,
+    "rdma": _rdma,
+    "node_network": _node_network,
     "engine_image": _engine_image,
     "engine": _engine,
     "lmdeploy": _lmdeploy,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from . import serving
+from . import driver, ports, serving
 from .facts import HostFacts
 from .findings import Finding
 from .network import HostView, Socket, as_ip, choose_sockets, host_port, socket_environment
@@ -71,7 +71,9 @@ class NodePlan:
     """What one host is to be: the variable `dsv3_node` of the roles.
 
     `rank` counts from the head (0) through the workers in inventory order. `gid_index` -1 is NCCL's own
-    choice. `environment` is complete but for the Ray token; `node_file` and `serve_file` are the launcher's
+    choice. `reserved_ports` is what the kernel is to keep from programs that name no port, "" for as it is.
+    `kernel_modules` is the flavour of the driver's, `reboot` why the host has to be rebooted for its driver.
+    `environment` is complete but for the Ray token; `node_file` and `serve_file` are the launcher's
     two files; `reach` is what the probe connects to in order to prove the network between the hosts.
     """
 
@@ -84,6 +86,8 @@ class NodePlan:
     head_address: str
     peers: tuple[Peer, ...]
     gpus: int
+    kernel_modules: driver.Modules
+    reboot: tuple[str, ...]
     expected: Expected
     tp: int
     devices: tuple[str, ...]
@@ -92,6 +96,7 @@ class NodePlan:
     link_layer: LinkLayer
     environment: Mapping[str, str]
     endpoint: str
+    reserved_ports: str
     container_name: str
     model_path: str
     served_model: str
@@ -160,6 +165,7 @@ def derive(replica: Replica, hosts: Mapping[str, HostInput]) -> tuple[dict[str, 
         plans[name] = _plan(
             replica,
             hosts[name],
+            facts=seen[name][1],
             socket=socket,
             rdma=rdma[name],
             addresses=addresses,
@@ -187,6 +193,7 @@ def _plan(
     replica: Replica,
     known: HostInput,
     *,
+    facts: HostFacts,
     socket: Socket,
     rdma: Rdma,
     addresses: Mapping[str, str],
@@ -212,6 +219,8 @@ def _plan(
         head_address=head_address,
         peers=peers,
         gpus=gpus,
+        kernel_modules=driver.kernel_modules(facts, settings),
+        reboot=tuple(driver.reboot_reasons(facts, settings)),
         expected=expected,
         tp=tp,
         devices=rdma.devices,
@@ -225,6 +234,7 @@ def _plan(
             **operator,
         },
         endpoint=endpoint_url(settings, head_address),
+        reserved_ports=_reserved_ports(facts, settings, is_head=role == "head"),
         container_name=settings["engine_container_name"],
         model_path=settings["model_weights_path"],
         served_model=serving.served_model(settings),
@@ -250,6 +260,17 @@ def _plan(
         ),
         warnings=warnings,
     )
+
+
+def _reserved_ports(facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> str:
+    """Return `net.ipv4.ip_local_reserved_ports` with the host's own and what others have reserved already.
+
+    A machine without systemd is a container, whose kernel settings are not its own.
+    """
+    if not settings["node_network_reserve_ports"] or facts.os.init != "systemd":
+        return ""
+    found = (facts.state.sysctls if facts.state else {}).get(ports.SYSCTL, "")
+    return ports.to_text(ports.parse(found) | ports.of_host(settings, is_head=is_head))
 
 
 def _known_address(known: HostInput) -> str:

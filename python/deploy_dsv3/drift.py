@@ -26,7 +26,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"file /etc/deploy-dsv3/image\.json", "file", "engine_image"),
     (r"file /etc/systemd/system/dsv3-endpoint\.service", "file", "endpoint"),
     (r"file /etc/systemd/system/dsv3-engine\.service", "file", "engine"),
+    (r"file /etc/systemd/system/nvidia-persistenced\.service\.d/.*", "file", "nvidia_driver"),
     (r"file /etc/systemd/system/.*", "file", ""),
+    (r"file /etc/modprobe\.d/deploy-dsv3-nouveau\.conf", "file", "nvidia_driver"),
+    (r"file /etc/modules-load\.d/deploy-dsv3-rdma\.conf", "file", "rdma"),
+    (r"file /etc/sysctl\.d/90-deploy-dsv3\.conf", "file", "node_network"),
     (r"file /etc/cdi/.*", "file", "nvidia_container_toolkit"),
     (r"file .*deploy-dsv3-nvidia-driver.*", "file", "nvidia_driver"),
     (r"file .*deploy-dsv3-nvidia-container-toolkit.*", "file", "nvidia_container_toolkit"),
@@ -42,7 +46,9 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"package (docker|containerd).*", "package", "docker_engine"),
     (r"package nvidia-fabricmanager.*", "package", "fabric_manager"),
     (r"package (lib)?nvidia-container.*", "package", "nvidia_container_toolkit"),
+    (r"package (rdma-core|(lib)?ibverbs.*)", "package", "rdma"),
     (r"package .*", "package", "nvidia_driver"),
+    (r"sysctl net\.ipv4\.ip_local_reserved_ports", "sysctl", "node_network"),
     (r"sysctl .*", "sysctl", ""),
     (r"driver", "driver", ""),
     (r"kernel", "kernel", ""),
@@ -192,7 +198,9 @@ def _state(facts: HostFacts, container: str) -> Iterator[tuple[str, Any]]:
     if facts.infiniband.devices:
         yield "rdma devices", list(facts.infiniband.devices)
     for port in facts.infiniband.ports:
-        yield f"hca {port.device}:{port.port}", port.state
+        # Without a link the kernel shows a rate that means nothing.
+        rate = f" {port.rate_gbps:g} Gb/s" if port.state == "ACTIVE" else ""
+        yield f"hca {port.device}:{port.port}", f"{port.state}{rate} {port.link_layer}".rstrip()
 
 
 def _file(file: FileState) -> str:

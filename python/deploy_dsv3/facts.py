@@ -6,6 +6,7 @@ here and is named in `HostFacts.errors`; fields this version does not know are i
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
@@ -149,7 +150,16 @@ class Driver(Section):
     """GPU kernel modules that are loaded."""
 
     loaded_version: str = Field("", description="Version of the loaded NVIDIA module, empty for none")
+    flavour: Literal["open", "proprietary", ""] = Field("", description="Flavour of the loaded module, empty for none")
+    installed_version: str = Field("", description="Version of the module that the next boot loads, empty for none")
     nouveau_loaded: bool = Field(False, description="Whether nouveau holds the GPUs")
+
+
+class Fabric(Section):
+    """The NVSwitch fabric, as the GPU that is furthest behind tells it."""
+
+    state: str = Field("", description="`Completed` once it is formed; empty where nvidia-smi gave no answer")
+    status: str = Field("", description="`Success` where it was formed without an error")
 
 
 class Gid(Section):
@@ -180,6 +190,14 @@ class Infiniband(Section):
 
     devices: tuple[str, ...] = Field((), description="Names in /dev/infiniband")
     ports: tuple[HcaPort, ...] = Field((), description="Every port of every HCA")
+    pci_hcas: int = Field(0, description="NVIDIA (Mellanox) network controllers on the PCI bus; needs no driver")
+    modules: tuple[str, ...] = Field((), description="Kernel modules of RDMA that are loaded")
+    ofed: str = Field("", description="Release of an installed MLNX_OFED or DOCA-OFED, empty for none")
+
+    @property
+    def has_hca(self) -> bool:
+        """Whether the host has an HCA, driven or not."""
+        return bool(self.ports or self.pci_hcas)
 
 
 class ContainerConfig(Section):
@@ -345,6 +363,7 @@ class HostFacts(Section):
     gpus: tuple[Gpu, ...] = Field((), description="GPUs that nvidia-smi lists")
     nvidia_smi: NvidiaSmi = Field(default_factory=NvidiaSmi, description="nvidia-smi")
     driver: Driver = Field(default_factory=Driver, description="GPU kernel modules")
+    fabric: Fabric | None = Field(None, description="NVSwitch fabric; null without NVSwitches or unread")
     infiniband: Infiniband = Field(default_factory=Infiniband, description="RDMA")
     docker: Docker = Field(default_factory=Docker, description="Docker engine")
     cdi: Cdi = Field(default_factory=Cdi, description="Container Device Interface")
@@ -359,6 +378,15 @@ class HostFacts(Section):
     def gpu_count(self) -> int:
         """Number of GPUs: as nvidia-smi lists them, on the PCI bus before there is a driver."""
         return len(self.gpus) or len(self.pci_gpus)
+
+    @property
+    def fabric_manager_version(self) -> str:
+        """Version of the installed fabric manager, as the driver writes its own; empty for none."""
+        for name, version in (self.state.packages if self.state else {}).items():
+            if re.fullmatch(r"nvidia-fabric-?manager(-\d+)?", name):
+                # Between an epoch and the packagers' own revision.
+                return version.rpartition(":")[2].partition("-")[0]
+        return ""
 
 
 class FactsError(ValueError):

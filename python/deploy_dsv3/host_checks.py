@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from . import ports
+from .driver import check_driver
 from .facts import Container, HostFacts, Listener, unread_sections
 from .findings import Finding, Severity
 
@@ -30,9 +32,6 @@ SUPPORTED_OS = frozenset(
 )
 # Oldest Python on a target that ansible-core 2.19 supports (porting guide of ansible-core 2.19).
 MIN_PYTHON = (3, 8)
-# Oldest driver branch for an image's CUDA: minor-version compatibility for a tag that names only the major
-# (CUDA release notes), else the branch that came with it, since kernels compiled at run time need that one.
-MIN_DRIVER = {"cu12": 525, "cu12.8": 570, "cu13": 580}
 # Oldest Docker that hands over GPUs by CDI name (Docker 25 release notes).
 MIN_DOCKER = 25
 # What the distributions carry, where that is older.
@@ -41,21 +40,6 @@ DISTRIBUTION_DOCKER = {("debian", "12"): "20.10"}
 MIN_DISK_WITH_IMAGE_GIB = 1
 OTHER_ENGINES = ("lmdeploy", "vllm", "sglang")
 _DISTRIBUTED = ("nvidia_driver_source", "docker_engine_source", "nvidia_container_toolkit_source")
-_PORTS_EVERYWHERE = (
-    "ray_cluster_node_manager_port",
-    "ray_cluster_object_manager_port",
-    "ray_cluster_runtime_env_agent_port",
-    "ray_cluster_dashboard_agent_grpc_port",
-    "ray_cluster_dashboard_agent_listen_port",
-    "ray_cluster_metrics_export_port",
-)
-_PORTS_ON_HEAD = (
-    "ray_cluster_port",
-    "ray_cluster_dashboard_port",
-    "ray_cluster_client_server_port",
-    "lmdeploy_server_port",
-    "lmdeploy_dist_port",
-)
 
 
 def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
@@ -66,7 +50,7 @@ def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_h
     yield from _check_memory(host, facts, settings)
     yield from _check_disks(host, facts, settings)
     yield from _check_gpus(host, facts, settings)
-    yield from _check_driver(host, facts, settings)
+    yield from check_driver(host, facts, settings)
     yield from _check_docker(host, facts, settings)
     yield from _check_containers(host, facts, settings)
     yield from _check_ports(host, facts, settings, is_head=is_head)
@@ -235,61 +219,6 @@ def _check_gpus(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Ite
         )
 
 
-def _check_driver(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:
-    prepared = settings["nvidia_driver_source"] == "preinstalled"
-    version = facts.driver.loaded_version
-    if facts.driver.nouveau_loaded:
-        yield Finding(
-            code="nouveau",
-            host=host,
-            severity="error" if prepared else "warning",
-            message=f"{host}: the kernel module nouveau is loaded and holds the GPUs",
-            cause="the distribution loads it where no other driver is installed",
-            remedy="blacklist nouveau and reboot"
-            if prepared
-            else "nothing yet: the host stage blacklists it, and needs a reboot (nvidia_driver_allow_reboot)",
-        )
-    if facts.os.secure_boot and not version and settings["nvidia_driver_source"] == "vendor":
-        yield Finding(
-            code="secure-boot",
-            host=host,
-            severity="error",
-            message=f"{host}: Secure Boot is on, and the vendor's driver is built on the host",
-            cause="its modules are not signed, and enrolling a key needs the console at boot",
-            remedy="switch Secure Boot off, or use signed modules: nvidia_driver_source=distribution on Ubuntu",
-        )
-    if not prepared:
-        return
-    if not version and facts.gpu_count:
-        yield Finding(
-            code="driver-none",
-            host=host,
-            severity="error",
-            message=f"{host}: no NVIDIA driver is loaded, and nvidia_driver_source is preinstalled",
-            cause="the driver is not installed, or its module is not loaded",
-            remedy="install the driver, or set nvidia_driver_source to vendor or distribution",
-        )
-    required = min_driver(settings["engine_image_name"])
-    if version and required and int(version.split(".")[0]) < required:
-        yield Finding(
-            code="driver-old",
-            host=host,
-            severity="error",
-            message=f"{host}: driver {version}, {settings['engine_image_name']} needs branch {required} or newer",
-            cause="the CUDA in the image does not run on an older driver",
-            remedy=f"install driver branch {required} or newer, or choose an image of an older CUDA",
-        )
-
-
-def min_driver(image: str) -> int:
-    """Return the oldest driver branch for an image whose tag names its CUDA (…-cu12.8), else 0."""
-    match = re.search(r"-(cu\d+)(\.\d+)?", image.rpartition(":")[2])
-    if not match:
-        return 0
-    exact = match.group(1) + (match.group(2) or "")
-    return MIN_DRIVER.get(exact, MIN_DRIVER.get(match.group(1), 0))
-
-
 def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:
     docker = facts.docker
     if docker.daemon_json_error:
@@ -312,6 +241,15 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             remedy="start Docker, or set docker_engine_source to distribution or repository",
         )
     source = settings["docker_engine_source"]
+    if source == "distribution" and facts.os.family == "RedHat":
+        yield Finding(
+            code="docker-source",
+            host=host,
+            severity="error",
+            message=f"{host}: {facts.os.id} {facts.os.version_id} itself carries no Docker",
+            cause="docker_engine_source is distribution",
+            remedy="set docker_engine_source to repository for this host",
+        )
     packaged = DISTRIBUTION_DOCKER.get((facts.os.id, facts.os.version_id), "")
     version = docker.version or (packaged if source == "distribution" else "")
     if version and source != "repository" and int(version.split(".")[0]) < MIN_DOCKER:
@@ -376,12 +314,7 @@ def _check_containers(host: str, facts: HostFacts, settings: Mapping[str, Any]) 
 
 
 def _check_ports(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_head: bool) -> Iterator[Finding]:
-    names = [*_PORTS_EVERYWHERE]
-    if is_head:
-        names += _PORTS_ON_HEAD
-        if settings["endpoint_mode"] == "proxy":
-            names.append("endpoint_port")
-    by_port = {settings[name]: name for name in names}
+    by_port = {settings[name]: name for name in ports.names(settings, is_head=is_head)}
     own = {container.id for container in facts.docker.containers if _is_ours(container)}
     first, last = settings["ray_cluster_min_worker_port"], settings["ray_cluster_max_worker_port"]
     taken: dict[int, Listener] = {}

@@ -98,6 +98,7 @@ def inside(name: str, config: str) -> dict[str, dict[str, Any]]:
     return run_together(
         {
             "gpus": [*execute, "nvidia-smi", "-L"],
+            "limits": [*execute, "cat", "/proc/self/limits"],
             "nodes": [*execute, "python3", f"{config}/engine/launcher.py", "nodes"],
             "ray_status": [*execute, "ray", "status"],
         }

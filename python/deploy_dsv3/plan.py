@@ -18,6 +18,7 @@ from deploy_dsv3.derive import HostInput, derive
 from deploy_dsv3.drift import Drift
 from deploy_dsv3.errors import EXIT_PLAN_CHANGES
 from deploy_dsv3.findings import Finding
+from deploy_dsv3.rdma import gpudirect
 from deploy_dsv3.topology import Deployment, Replica
 
 SCHEMA = 1
@@ -35,6 +36,8 @@ class HostPlan:
     address: str = ""
     interface: str = ""
     link_layer: str = ""
+    gpudirect: str = ""
+    reserved_ports: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -214,6 +217,8 @@ def _replica(replica: Replica, views: Mapping[str, View], fits: fit.Answer) -> R
             address=view.node.address,
             interface=view.node.interface,
             link_layer=view.node.link_layer,
+            gpudirect=gpudirect(view.facts),
+            reserved_ports=view.node.reserved_ports,
             environment=view.node.environment,
         )
         for name, view in views.items()
@@ -264,6 +269,8 @@ def _replica_as_dict(replica: ReplicaPlan) -> dict[str, Any]:
                 "address": host.address,
                 "interface": host.interface,
                 "link_layer": host.link_layer,
+                "gpudirect": host.gpudirect,
+                "reserved_ports": host.reserved_ports,
                 "environment": dict(host.environment),
                 "actions": [asdict(action) for action in host.actions],
                 "drift": [one.as_dict() for one in host.drift],

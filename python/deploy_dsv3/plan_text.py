@@ -154,7 +154,8 @@ def _render_service(console: Any, replica: ReplicaPlan) -> None:
         console.print(f"    {shlex.join(replica.command)}", markup=False)
     for host in replica.hosts:
         shown = [f"{name}={value}" for name, value in host.environment.items() if name.startswith(_NETWORK)]
-        console.print(f"  network of {host.host} ({host.link_layer}): {' '.join(shown)}", markup=False)
+        direct = f", GPUDirect {host.gpudirect}" if host.gpudirect not in ("", "none") else ""
+        console.print(f"  network of {host.host} ({host.link_layer}{direct}): {' '.join(shown)}", markup=False)
     if replica.capacity:
         console.print("  capacity (estimate)")
         for label, value in capacity.rows(replica.capacity):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from . import fit
 from .derive import HostInput, derive
+from .driver import is_of_branch
 from .facts import HostFacts
 from .findings import Finding
 from .host_checks import check_host
@@ -110,12 +112,17 @@ def _unequal_finding(code: str, host: str, found: str, others: str, cause: str) 
 
 
 def _check_drivers_equal(members: Sequence[tuple[HostInput, HostFacts]]) -> Iterator[Finding]:
-    versions = {
-        known.host: facts.driver.loaded_version
-        for known, facts in members
-        if known.settings["nvidia_driver_source"] == "preinstalled" and facts.driver.loaded_version
-    }
-    yield from _unequal("driver-differs", versions, "driver {value}", "the hosts were set up at different times")
+    """Compare the drivers that stay as they are; what is of another branch is replaced."""
+    versions = {}
+    for known, facts in members:
+        version, prepared = facts.driver.loaded_version, known.settings["nvidia_driver_source"] == "preinstalled"
+        if version and (prepared or is_of_branch(version, known.settings["nvidia_driver_branch"])):
+            versions[known.host] = version
+    for finding in _unequal("driver-differs", versions, "driver {value}", "the hosts were set up at different times"):
+        usual = _usual(versions.values())
+        yield replace(
+            finding, remedy=f"set nvidia_driver_branch to the exact version {usual}, or put the hosts into two replicas"
+        )
 
 
 def _check_clocks(facts: Mapping[str, HostFacts], limits: Mapping[str, float]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ host that uses sockets. InfiniBand and RoCE are not mixed for the same reason.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,10 @@ from .findings import Finding, Severity
 from .network import Socket, default_interfaces
 
 LinkLayer = Literal["InfiniBand", "Ethernet", "none"]
+GpuDirect = Literal["nvidia-peermem", "dma-buf", "none"]
 ROCE_V2 = "RoCE v2"
+# The kernel since which RDMA drivers take memory of other devices as a dma-buf.
+_DMABUF_SINCE = (5, 12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,20 @@ def rdma_environment(rdma: Rdma) -> dict[str, str]:
     if rdma.gid_index >= 0:
         environment["NCCL_IB_GID_INDEX"] = str(rdma.gid_index)
     return environment
+
+
+def gpudirect(facts: HostFacts) -> GpuDirect:
+    """Return how HCAs reach the GPUs' memory without a copy through the host's.
+
+    A dma-buf needs the open kernel modules and a kernel that knows it; NCCL prefers it. The module nvidia-peermem
+    is the older way, and needs the peer-memory interface that only MLNX_OFED and DOCA-OFED bring.
+    """
+    if not facts.infiniband.ports or not facts.driver.loaded_version:
+        return "none"
+    kernel = tuple(int(number) for number in re.findall(r"\d+", facts.os.kernel)[:2])
+    if facts.driver.flavour == "open" and kernel >= _DMABUF_SINCE:
+        return "dma-buf"
+    return "nvidia-peermem" if "nvidia_peermem" in facts.infiniband.modules else "none"
 
 
 def port_name(port: HcaPort) -> str:

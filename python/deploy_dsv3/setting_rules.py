@@ -60,6 +60,7 @@ _DAEMON_OPTIONS = {
     "registry-mirrors": "docker_engine_registry_mirrors",
     "insecure-registries": "docker_engine_insecure_registries",
     "live-restore": "docker_engine_live_restore",
+    "proxies": "docker_engine_proxy_url",
 }
 _WORKER_PORTS = ("ray_cluster_min_worker_port", "ray_cluster_max_worker_port")
 

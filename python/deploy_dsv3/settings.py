@@ -30,8 +30,6 @@ COMPUTED = ("dsv3_facts", "dsv3_node", "dsv3_release")
 #: Variables of ours that are no settings of a role; `destroy` sets them.
 FLAGS = ("dsv3_destroy_drivers", "dsv3_destroy_weights")
 
-#: Roles that other roles call with values of their own.
-_INTERNAL_ROLES = frozenset({"package_repository"})
 #: Secrets that Ansible itself reads.
 _ANSIBLE_SECRETS = (
     "ansible_password",
@@ -209,7 +207,7 @@ def _setting(name: str, role: str, option: Mapping[str, Any], defaults: Mapping[
         doc=text,
         unit=unit[1] if unit else "",
         secret=bool(option.get("no_log", False)),
-        internal=role in _INTERNAL_ROLES or text.startswith("Handed in by"),
+        internal=text.startswith("Handed in by"),
         former_names=tuple(option.get("aliases", ())),
     )
 

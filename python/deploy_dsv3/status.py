@@ -17,8 +17,9 @@ import httpx
 from deploy_dsv3 import drift, engine_log, manifest, observation
 from deploy_dsv3.derive import endpoint_url
 from deploy_dsv3.drift import Drift
-from deploy_dsv3.facts import FactsError, load_facts
+from deploy_dsv3.facts import FactsError, HostFacts, load_facts
 from deploy_dsv3.observation import Observation
+from deploy_dsv3.rdma import gpudirect
 from deploy_dsv3.serving import served_model
 from deploy_dsv3.signatures import Match
 from deploy_dsv3.topology import Deployment, Replica
@@ -34,6 +35,7 @@ class NodeStatus:
 
     `gpus` are those that the driver lists; `ray_alive` and `ray_gpus` are how the head's cluster counts this
     node, None where that is not known. `drift` is what somebody changed by hand since the last finished deploy.
+    `gpudirect` is how HCAs reach the GPUs' memory: ``dma-buf``, ``nvidia-peermem`` or ``none``.
     `cause` is what the engine's log says of one that is not well. `error` says why the host could not be looked at.
     """
 
@@ -46,6 +48,7 @@ class NodeStatus:
     restarts: int = 0
     gpus: int = 0
     gpus_expected: int | None = None
+    gpudirect: str = ""
     ray_alive: bool | None = None
     ray_gpus: int | None = None
     phase: str = ""
@@ -220,6 +223,7 @@ def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any], c
     state = seen.container.get("State", {})
     in_ray = next((one for one in head_status.get("nodes") or () if one.get("address") == address), None)
     known = bool(address and head_status.get("nodes"))
+    facts = _facts(seen)
     return NodeStatus(
         host=seen.host,
         role=role,
@@ -230,23 +234,27 @@ def _node(replica: Replica, seen: Observation, head_status: Mapping[str, Any], c
         restarts=seen.container.get("RestartCount", 0),
         gpus=len(seen.seen.get("facts", {}).get("gpus", ())),
         gpus_expected=node.get("ray", {}).get("num_gpus"),
+        gpudirect=gpudirect(facts) if facts else "",
         ray_alive=bool(in_ray and in_ray.get("alive")) if known else None,
         ray_gpus=int(in_ray.get("gpus", 0)) if in_ray else None,
         phase=seen.document("status").get("phase", ""),
         image_id=seen.container.get("Image", ""),
-        drift=tuple(_drift(seen, container)),
+        drift=tuple(_drift(seen.host, facts, container)) if facts else (),
         cause=engine_log.explain(seen),
     )
 
 
-def _drift(seen: Observation, container: str) -> list[Drift]:
-    """What somebody changed by hand on a host; nothing where no finished deploy is on record."""
+def _facts(seen: Observation) -> HostFacts | None:
     try:
-        facts = load_facts(seen.seen.get("facts", {}))
+        return load_facts(seen.seen.get("facts", {}))
     except FactsError:
-        return []
+        return None
+
+
+def _drift(host: str, facts: HostFacts, container: str) -> list[Drift]:
+    """What somebody changed by hand on a host; nothing where no finished deploy is on record."""
     record = manifest.load(facts)
-    return drift.find(seen.host, record.state, drift.state_of(facts, container)) if record else []
+    return drift.find(host, record.state, drift.state_of(facts, container)) if record else []
 
 
 def _engine(head: Observation, status: Mapping[str, Any]) -> EngineStatus:
@@ -339,11 +347,11 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
     for name, value in _headlines(replica, now):
         console.print(Text.assemble((f"  {name:<9} ", "dim"), value))
     table = Table(box=None, pad_edge=True, header_style="dim")
-    for column in ("host", "role", "address", "container", "since", "GPUs", "in Ray"):
+    for column in ("host", "role", "address", "container", "since", "GPUs", "in Ray", "GPUDirect"):
         table.add_column(column, no_wrap=True)
     for node in replica.nodes:
         if node.error:
-            table.add_row(node.host, node.role, "", Text("not reached", style="red"), "", "", "")
+            table.add_row(node.host, node.role, "", Text("not reached", style="red"), "", "", "", "")
             continue
         fine = node.container == "running" and node.health in ("", "healthy", "starting")
         state = f"{node.container} ({node.health})" if node.health else node.container
@@ -355,6 +363,7 @@ def _render_replica(console: Any, replica: ReplicaStatus, now: float) -> None:
             node.started_at.split(".")[0].replace("T", " ") if node.container == "running" else "",
             f"{node.gpus}/{'?' if node.gpus_expected is None else node.gpus_expected}",
             {None: "?", True: f"{node.ray_gpus} GPUs", False: "no"}[node.ray_alive],
+            node.gpudirect,
         )
     console.print(table, soft_wrap=False)
     # Below the table, because ssh's words would push everything else out of it.

@@ -29,6 +29,8 @@ ROLES: Mapping[str, str] = {
     "fabric_manager": "host",
     "docker_engine": "host",
     "nvidia_container_toolkit": "host",
+    "rdma": "host",
+    "node_network": "host",
     "engine_image": "image",
     "engine": "container",
     "lmdeploy": "engine",
@@ -40,7 +42,7 @@ _ONLY_LOOKING = frozenset({"verify.yml", "health.yml", "preflight.yml", "absent.
 #: Settings that steer a run and leave no trace on a host, those that one role hands to another, and the name in
 #: release.json, which is compared with the file itself.
 _NO_INPUT = re.compile(
-    r".*_(no_log|secure_logging|allow_restart)"
+    r".*_(no_log|secure_logging|allow_restart|allow_reboot|reboot_batch|reboot_timeout_s)"
     r"|package_repository_.*"
     r"|engine_image_(refresh|pull_timeout_s|registry_username|registry_password)"
     r"|lmdeploy_release_name"
@@ -65,6 +67,10 @@ def applies(role: str, settings: Mapping[str, Any], facts: HostFacts, *, is_head
         return False
     if role == "fabric_manager":
         return bool(facts.pci_nvswitches)
+    if role == "node_network":
+        return bool(settings["node_network_reserve_ports"])
+    if role == "rdma":
+        return facts.infiniband.has_hca
     if role == "endpoint":
         return is_head and settings["endpoint_mode"] == "proxy"
     return True

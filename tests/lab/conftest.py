@@ -29,6 +29,7 @@ ORDER = (
     "test_destroy",
     "test_registry",
     "test_fleet",
+    "test_hosts",
 )
 NAME = "e2e"
 #: Two servers of one kind whose HCAs are named differently.

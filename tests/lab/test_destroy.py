@@ -10,8 +10,13 @@ from deploy_dsv3.lab.fleet import Lab
 
 pytestmark = pytest.mark.usefixtures("deployed")
 
-#: Drivers, container toolkit and Docker stay, with their repositories.
-KEPT = ("files: /etc/apt/keyrings/deploy-dsv3-", "files: /etc/apt/sources.list.d/deploy-dsv3-")
+#: Drivers, container toolkit, Docker and RDMA stay, with their repositories and settings.
+KEPT = (
+    "files: /etc/apt/keyrings/deploy-dsv3-",
+    "files: /etc/apt/sources.list.d/deploy-dsv3-",
+    "files: /etc/modprobe.d/deploy-dsv3-",
+    "files: /etc/modules-load.d/deploy-dsv3-",
+)
 #: What the installation of any package writes anew.
 BOOKKEEPING = (
     "/etc/group",

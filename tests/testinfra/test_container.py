@@ -140,6 +140,19 @@ def test_ulimits(engine: Node) -> None:
     assert found == wanted, f"the container has {found}, the settings say {wanted}"
 
 
+def test_memlock_inside(running: Node, plan: NodePlan) -> None:
+    """Programs in the container may pin as much memory as RDMA needs."""
+    answer = running.seen["inside"]["limits"]
+    assert answer["rc"] == 0, f"/proc/self/limits in the container: {answer['err'] or answer['out']}"
+    (line,) = [line for line in answer["out"].splitlines() if line.startswith("Max locked memory")]
+    soft = line.removeprefix("Max locked memory").split()[0]
+    asked = [limit.split(":")[1] for limit in running.settings["engine_ulimits"] if limit.startswith("memlock:")]
+    if not asked:
+        pytest.skip(f"engine_ulimits asks for no memlock; it is {soft}")
+    wanted = "unlimited" if asked[0] == "-1" else asked[0]
+    assert soft == wanted, f"locked memory is limited to {soft} bytes inside, engine_ulimits says {wanted}"
+
+
 def test_privileges(engine: Node) -> None:
     """The container has the capabilities it needs and no others."""
     host = engine.container["HostConfig"]

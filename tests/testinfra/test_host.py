@@ -1,11 +1,14 @@
 """The host itself: driver, Docker, container toolkit, network cards."""
 
+from collections.abc import Callable
+
 import pytest
 import yaml
 from fleet import Fleet, Node
 
 from deploy_dsv3.derive import NodePlan
 from deploy_dsv3.facts import HostFacts
+from deploy_dsv3.rdma import gpudirect
 
 INSTALLED = {
     "nvidia-smi": "nvidia_driver_source",
@@ -67,6 +70,18 @@ def test_driver_version(node: Node, facts: HostFacts, fleet: Fleet) -> None:
     )
 
 
+def test_fabric(node: Node, facts: HostFacts) -> None:
+    """The NVSwitch fabric is formed, by a fabric manager of the driver's version."""
+    if facts.fabric is None:
+        pytest.skip("the host has no NVSwitch")
+    found, loaded = facts.fabric_manager_version, facts.driver.loaded_version
+    assert (facts.fabric.state, facts.fabric.status) == ("Completed", "Success"), (
+        f"fabric state {facts.fabric.state or 'unknown'}, status {facts.fabric.status or 'unknown'}; "
+        f"the fabric manager is {found or 'not there'}, the driver {loaded}"
+    )
+    assert found in ("", loaded), f"the fabric manager is {found}, the driver {loaded}: it ends at its next start"
+
+
 def test_docker(node: Node, facts: HostFacts) -> None:
     """Docker runs, and will after a reboot."""
     assert facts.docker.running, f"the Docker daemon does not answer: {facts.docker.error or 'no socket'}"
@@ -113,6 +128,19 @@ def test_cdi(node: Node, facts: HostFacts) -> None:
     assert not missing, f"{path} knows nothing of the GPUs {', '.join(sorted(missing))}: generate it anew"
     for device in node.settings["engine_gpu_devices"]:
         assert device.rpartition("=")[2] in names, f"{path} has no {device}, only {', '.join(sorted(names))}"
+
+
+def test_hca_ports(facts: HostFacts, record_property: Callable[[str, object], None]) -> None:
+    """Every HCA port is listed with its state, rate and link layer, and how it reaches the GPUs."""
+    if not facts.infiniband.ports:
+        pytest.skip("the host has no HCA")
+    for port in facts.infiniband.ports:
+        record_property(
+            f"{port.device}:{port.port}", f"{port.state} {port.phys_state}, {port.rate_gbps:g} Gb/s, {port.link_layer}"
+        )
+    record_property("GPUDirect", gpudirect(facts))
+    record_property("OFED", facts.infiniband.ofed or "none: rdma-core")
+    assert facts.infiniband.devices, "HCAs, and nothing in /dev/infiniband: the module ib_uverbs is not loaded"
 
 
 def test_hcas(engine: Node, facts: HostFacts) -> None:

@@ -5,6 +5,7 @@ import ipaddress
 import pytest
 from fleet import Node
 
+from deploy_dsv3 import ports
 from deploy_dsv3.derive import NodePlan
 from deploy_dsv3.facts import HostFacts, Listener
 
@@ -65,6 +66,15 @@ def test_ray_port(node: Node, facts: HostFacts) -> None:
     else:
         ours = [one for one in found if one.container_id == node.container.get("Id", "none")]
         assert not ours, f"{described(ours)}: this worker runs a Ray head of its own"
+
+
+def test_reserved_ports(facts: HostFacts, plan: NodePlan) -> None:
+    """The kernel hands out none of the ports that this host needs."""
+    if not plan.reserved_ports:
+        pytest.skip("node_network_reserve_ports is off, or the host has no kernel settings of its own")
+    found = ports.parse(facts.state.sysctls.get(ports.SYSCTL, "") if facts.state else "")
+    missing = ports.parse(plan.reserved_ports) - found
+    assert not missing, f"{ports.SYSCTL} lacks {ports.to_text(missing)}: a program may get one of them by chance"
 
 
 def test_known_ports(engine: Node, facts: HostFacts) -> None:

@@ -101,6 +101,9 @@ def _serve(document: dict[str, Any], node: dict[str, Any]) -> None:
     deployment["node_file"] = json.loads(json.dumps(node["node_file"]))
     if node["role"] == "head":
         deployment["serve_file"] = json.loads(json.dumps(node["serve_file"]))
+    state = document["state"]
+    state["sysctls"]["net.ipv4.ip_local_reserved_ports"] = node["reserved_ports"]
+    state["packages"] |= {"rdma-core": "56.1-1", "ibverbs-providers": "56.1-1"}
     deployment["release"] = {
         "serve": {"argv": list(node["serve_file"]["argv"])},
         "model": {"name": node["served_model"], "path": node["model_path"]},

@@ -129,10 +129,12 @@ class TestBare:
                 "docker_engine_source",
                 "nvidia_container_toolkit_source",
                 "fabric_manager_source",
+                "rdma_source",
             ),
             "preinstalled",
         )
-        roles = {action.role for action in planned(bare(), **sources).actions}
+        made = planned(bare(), **sources, node_network_reserve_ports=False)
+        roles = {action.role for action in made.actions}
         assert roles == {"engine_image", "engine", "lmdeploy", "endpoint"}
 
 
@@ -177,7 +179,11 @@ CHANGED: dict[str, tuple[dict[str, Any], list[tuple[str, str, str, bool]]]] = {
     ),
     "the driver's branch": (
         {"nvidia_driver_branch": "590"},
-        [(host, "NVIDIA driver packages", "changed", False) for host in (HEAD, WORKER)],
+        [
+            (host, subject, kind, stops)
+            for host in (HEAD, WORKER)
+            for subject, kind, stops in (("NVIDIA driver packages", "changed", False), ("the host", "rebooted", True))
+        ],
     ),
     "how a run goes about it": (
         {
@@ -369,11 +375,30 @@ class TestRefused:
         made = planned(converged(), endpoint_mode="direct")
         assert ("removed", "the endpoint") in {(action.kind, action.subject) for action in made.actions}
 
-    def test_a_driver_that_needs_a_reboot(self) -> None:
+    @pytest.mark.parametrize(
+        ("driver", "why"),
+        [
+            ({"loaded_version": "580.95.05", "installed_version": "580.105.08"}, "580.95.05 is loaded, 580.105.08 is"),
+            ({"nouveau_loaded": True}, "nouveau holds the GPUs"),
+        ],
+    )
+    def test_a_driver_that_needs_a_reboot(self, driver: dict[str, Any], why: str) -> None:
         documents = bare()
-        documents[HEAD]["nvidia_smi"] = {"path": "/x", "rc": 18, "error": "Driver/library version mismatch"}
-        action = told(planned(documents))[HEAD, "the host"]
-        assert action.kind == "rebooted" and "reboot it yourself" in action.why
+        documents[HEAD]["driver"] = driver
+        refused = planned(documents)
+        action = told(refused)[HEAD, "the host"]
+        assert action.kind == "rebooted" and why in action.why and "nvidia_driver_allow_reboot" in action.why
+        assert [finding.code for finding in refused.errors] == ["driver-reboot"]
+        agreed = planned(documents, nvidia_driver_allow_reboot=True)
+        assert agreed.errors == () and "allow_reboot" not in told(agreed)[HEAD, "the host"].why
+
+    def test_a_fabric_manager_of_another_version(self) -> None:
+        documents = converged()
+        documents[HEAD]["state"]["packages"]["nvidia-fabricmanager"] = "580.95.05-1"
+        made = planned(documents)
+        action = told(made)[HEAD, "fabric manager of the driver's version"]
+        assert action.kind == "changed" and "580.95.05" in action.why and "580.105.08" in action.why
+        assert [(one.code, one.severity) for one in made.findings] == [("fabric-mismatch", "warning")]
 
 
 def test_brief_leaves_out_what_is_served() -> None:

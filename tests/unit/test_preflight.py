@@ -10,9 +10,9 @@ import pytest
 from recorded_hosts import document, host_input, recorded, replica_of
 
 from deploy_dsv3.derive import HostInput
+from deploy_dsv3.driver import kernel_modules, min_driver
 from deploy_dsv3.facts import HostFacts, load_facts
 from deploy_dsv3.findings import Finding, describe
-from deploy_dsv3.host_checks import min_driver
 from deploy_dsv3.preflight import check
 
 GIB = 1024**3
@@ -58,7 +58,11 @@ def judge_pair(first: HostFacts, second: HostFacts) -> list[tuple[str, str, str]
 
 @pytest.mark.parametrize("names", [("h800-ib-1", "h800-ib-2"), ("h20-roce-1", "h20-roce-2"), ("l20-pcie",)])
 def test_good_fleets_have_no_findings(names: tuple[str, ...]) -> None:
-    found = judge(*(host_input(name, recorded(name)) for name in names))
+    # Each as it was found: the H20s run Rocky Linux with a driver of branch 570.
+    settings: dict[str, Any] = {}
+    if "h20" in names[0]:
+        settings = {"nvidia_driver_branch": "570", "docker_engine_source": "repository"}
+    found = judge(*(host_input(name, recorded(name), **settings) for name in names))
     assert found == {name: [] for name in names}
 
 
@@ -114,7 +118,7 @@ def test_a_bad_host_is_refused(changes: dict[str, Any], settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("changes", "settings", "code"),
     [
-        ({"driver__nouveau_loaded": True}, {}, "nouveau"),
+        ({"driver__nouveau_loaded": True}, {"nvidia_driver_allow_reboot": True}, "driver-reboot"),
         ({"nvidia_smi": {"path": "/usr/bin/nvidia-smi", "rc": 9, "error": "x"}}, {}, "nvidia-smi"),
         ({"errors": {"docker": "PermissionError"}}, {}, "probe-section"),
         (
@@ -283,6 +287,7 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
     assert sorted((finding.code, finding.severity) for finding in findings) == [
         ("capacity", "error"),
         ("container-foreign", "error"),
+        ("driver-reboot", "error"),
         ("engine-foreign", "error"),
         ("port-taken", "error"),
         ("port-taken", "error"),
@@ -428,6 +433,104 @@ def test_clones_and_containers_are_not_the_same_machine(field: str) -> None:
     assert judge_pair(load_facts(first), load_facts(second)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "settings", "reason"),
+    [
+        ("h800-ib-1", {"driver__loaded_version": "535.261.03"}, {}, "driver 535.261.03 is loaded, 580 is wanted"),
+        ("h800-ib-1", {}, {"nvidia_driver_branch": "580.95.05"}, "driver 580.82.07 is loaded, 580.95.05 is wanted"),
+        ("h800-ib-1", {"driver__installed_version": "580.95.05"}, {}, "580.82.07 is loaded, 580.95.05 is installed"),
+        (
+            "h800-ib-1",
+            {"driver__flavour": "proprietary"},
+            {"nvidia_driver_kernel_modules": "open"},
+            "the proprietary kernel modules are loaded, the open ones are wanted",
+        ),
+        ("l20-pcie", {"driver__nouveau_loaded": True}, {}, "nouveau holds the GPUs"),
+    ],
+)
+def test_a_reboot_needs_consent(name: str, changes: dict[str, Any], settings: dict[str, Any], reason: str) -> None:
+    serving = container("lmdeploy", "openmmlab/lmdeploy:latest-cu12", ours=True)
+    facts = edited(name, **changes, docker__containers=[serving])
+    refused = judge_one(facts, **settings)["driver-reboot"]
+    assert refused.severity == "error" and reason in refused.message and "lmdeploy" in refused.message
+    assert "nvidia_driver_allow_reboot=true" in refused.remedy
+    agreed = judge_one(facts, **settings, nvidia_driver_allow_reboot=True)["driver-reboot"]
+    assert agreed.severity == "warning" and reason in agreed.message
+    assert "driver-reboot" not in judge_one(facts, **settings, nvidia_driver_source="preinstalled")
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "loaded", "modules"),
+    [
+        ("0x1db1", {}, "", "proprietary"),  # V100
+        ("0x2324", {}, "", "open"),  # H800
+        ("0x2324", {}, "proprietary", "proprietary"),  # what serves well stays
+        ("0x2324", {"nvidia_driver_branch": "590"}, "proprietary", "open"),  # replaced anyway
+        ("0x2324", {"nvidia_driver_kernel_modules": "proprietary"}, "", "proprietary"),
+        ("0x2901", {}, "proprietary", "open"),  # B200
+    ],
+)
+def test_kernel_modules_fit_the_gpus(device: str, settings: dict[str, Any], loaded: str, modules: str) -> None:
+    gpus = [{"slot": "0000:18:00.0", "vendor": "0x10de", "device": device, "class": "0x030200"}]
+    facts = edited("h800-ib-1", pci_gpus=gpus, driver={"loaded_version": "580.82.07", "flavour": loaded})
+    assert kernel_modules(facts, host_input("gpu1", facts, **settings).settings) == modules
+
+
+@pytest.mark.parametrize(("device", "wish"), [("0x1db1", "open"), ("0x2901", "proprietary")])
+def test_kernel_modules_that_do_not_know_the_gpus(device: str, wish: str) -> None:
+    gpus = [{"slot": "0000:18:00.0", "vendor": "0x10de", "device": device, "class": "0x030200"}]
+    found = judge_one(edited("l20-pcie", pci_gpus=gpus), nvidia_driver_kernel_modules=wish)["driver-modules"]
+    assert found.severity == "error" and device in found.message
+
+
+#: Docker's own packages.
+CE = {"docker_engine_source": "repository"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "code"),
+    [
+        ("l20-pcie", {"nvidia_driver_source": "distribution", "nvidia_driver_branch": "580"}, "driver-source"),
+        ("l20-pcie", {"nvidia_driver_source": "distribution", "nvidia_driver_branch": "550"}, None),
+        ("h800-ib-1", {"nvidia_driver_source": "distribution"}, None),  # Ubuntu has every branch
+        ("h20-roce-1", {"nvidia_driver_source": "distribution", "nvidia_driver_branch": "570", **CE}, "driver-source"),
+        ("h20-roce-1", {"nvidia_driver_branch": "570"}, "docker-source"),
+        ("l20-pcie", {"nvidia_driver_branch": "570", "engine_image_name": "lmdeploy:v1-cu13"}, "driver-old"),
+        ("l20-pcie", {"nvidia_driver_branch": "580", "engine_image_name": "lmdeploy:v1-cu13"}, None),
+    ],
+)
+def test_the_source_has_a_driver_that_the_image_takes(name: str, settings: dict[str, Any], code: str | None) -> None:
+    found = judge_one(recorded(name), **settings)
+    assert set(found) == ({code} if code else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "refused"),
+    [
+        ("l20-pcie", {}, True),
+        ("l20-pcie", {"nvidia_driver_source": "distribution", "nvidia_driver_branch": "550"}, True),
+        ("h800-ib-1", {}, False),  # its driver is loaded and stays
+        ("h800-ib-1", {"nvidia_driver_branch": "590", "nvidia_driver_allow_reboot": True}, True),
+        # Canonical signs its own.
+        ("h800-ib-1", {"nvidia_driver_source": "distribution", "nvidia_driver_branch": "590"}, False),
+    ],
+)
+def test_secure_boot_takes_only_signed_modules(name: str, settings: dict[str, Any], refused: bool) -> None:
+    found = judge_one(edited(name, os__secure_boot=True), **settings)
+    assert ("secure-boot" in found) is refused
+
+
+def test_drivers_that_stay_are_equal_within_a_replica() -> None:
+    newer = edited("h800-ib-2", driver__loaded_version="580.95.05")
+    found = judge(host_input("gpu1", recorded("h800-ib-1")), host_input("gpu2", newer))
+    (finding,) = found["gpu2"]
+    assert finding.code == "driver-differs" and "nvidia_driver_branch to the exact version 580.82.07" in finding.remedy
+    # One of another branch is replaced.
+    older = edited("h800-ib-2", driver__loaded_version="570.172.08")
+    found = judge(host_input("gpu1", recorded("h800-ib-1")), host_input("gpu2", older, nvidia_driver_allow_reboot=True))
+    assert [finding.code for finding in found["gpu2"]] == ["driver-reboot"]
+
+
 def test_preinstalled_drivers_are_equal_and_new_enough() -> None:
     inputs = [
         host_input(name, recorded(name), nvidia_driver_source="preinstalled", engine_image_name=image)
@@ -473,7 +576,7 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
     package = root / "python/deploy_dsv3"
     source = "".join(
         (package / f"{name}.py").read_text(encoding="utf-8")
-        for name in ("facts", "network", "rdma", "derive", "host_checks", "preflight", "fit")
+        for name in ("facts", "network", "rdma", "derive", "driver", "host_checks", "preflight", "fit")
     )
     pattern = r'code="([a-z-]+)"|(?:refuse|_unequal|_unequal_finding)\(\s*"([a-z-]+)"'
     used = {first or second for first, second in re.findall(pattern, source)}

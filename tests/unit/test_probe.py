@@ -344,21 +344,58 @@ def test_an_nvidia_smi_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("files", "version"),
+    ("files", "version", "flavour"),
     [
-        ({"sys/module/nvidia/version": "580.82.07\n"}, "580.82.07"),
+        ({"sys/module/nvidia/version": "580.82.07\n"}, "580.82.07", ""),
         (
             {
                 "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64"
                 "  570.133.20  Release Build\n"
             },
             "570.133.20",
+            "open",
+        ),
+        (
+            {
+                "sys/module/nvidia/version": "535.261.03\n",
+                "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Release\n",
+            },
+            "535.261.03",
+            "proprietary",
         ),
     ],
 )
-def test_the_loaded_driver(tmp_path: Path, files: dict[str, str], version: str) -> None:
+def test_the_loaded_driver(tmp_path: Path, files: dict[str, str], version: str, flavour: str) -> None:
     write(tmp_path, {**files, "sys/module/nouveau/": ""})
-    assert probe.probe_driver(str(tmp_path)) == {"loaded_version": version, "nouveau_loaded": True}
+    asked = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return "580.95.05\n"
+
+    assert probe.probe_driver(str(tmp_path), ask) == {
+        "loaded_version": version,
+        "flavour": flavour,
+        "installed_version": "580.95.05",
+        "nouveau_loaded": True,
+    }
+    assert asked == [("modinfo", "--field", "version", "nvidia")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "status"),
+    [
+        ("Completed, Success\nCompleted, Success\n", "Completed", "Success"),
+        ("Completed, Success\nIn Progress, N/A\n", "In Progress", "N/A"),
+        ("Completed, Insufficient Resources\n", "Completed", "Insufficient Resources"),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", "", ""),
+    ],
+)
+def test_the_fabric_is_that_of_the_gpu_that_is_behind(tmp_path: Path, answer: str, state: str, status: str) -> None:
+    assert probe.probe_fabric(str(tmp_path), lambda *_: answer) is None, "no NVSwitch, no fabric"
+    switch = "sys/bus/pci/devices/0000:d0:00.0/"
+    write(tmp_path, {f"{switch}vendor": "0x10de\n", f"{switch}class": "0x068000\n", f"{switch}device": "0x22a3\n"})
+    assert probe.probe_fabric(str(tmp_path), lambda *_: answer) == {"state": state, "status": status}
 
 
 def test_hca_ports(tmp_path: Path) -> None:
@@ -401,6 +438,22 @@ def test_hca_ports(tmp_path: Path) -> None:
         (3, "IB/RoCE v1", ""),
         (10, "RoCE v2", "ens10np0"),
     ]
+
+
+def test_hcas_before_they_have_a_driver_and_the_software_that_drives_them(tmp_path: Path) -> None:
+    bus = "sys/bus/pci/devices/0000:"
+    devices = {"19:00.0": ("0x15b3", "0x020700"), "1a:00.0": ("0x15b3", "0x020000"), "1b:00.0": ("0x15b3", "0x0c0500")}
+    files = {
+        f"{bus}{slot}/{name}": f"{value}\n"
+        for slot, (vendor, kind) in {**devices, "01:00.0": ("0x8086", "0x020000")}.items()
+        for name, value in (("vendor", vendor), ("class", kind))
+    }
+    write(tmp_path, {**files, "sys/module/ib_core/": "", "sys/module/nvidia_peermem/": ""})
+    found = probe.probe_infiniband(str(tmp_path), lambda *_: "OFED-internal-25.07-0.9.7:\n")
+    assert found["pci_hcas"] == 2, "the management function of a DPU is no network controller"
+    assert found["modules"] == ["ib_core", "nvidia_peermem"]
+    assert found["ofed"] == "OFED-internal-25.07-0.9.7"
+    assert found["ports"] == [] and found["devices"] == []
 
 
 def test_listeners_with_container_and_unit(tmp_path: Path) -> None:

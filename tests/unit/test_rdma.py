@@ -10,7 +10,7 @@ from recorded_hosts import changed_port, recorded
 from deploy_dsv3.facts import HostFacts
 from deploy_dsv3.findings import Finding
 from deploy_dsv3.network import Socket
-from deploy_dsv3.rdma import Rdma, RdmaView, choose_rdma, rdma_environment
+from deploy_dsv3.rdma import Rdma, RdmaView, choose_rdma, gpudirect, rdma_environment
 
 IB_1 = tuple(f"mlx5_{n}:1" for n in range(8))
 IB_2 = tuple(f"ibp{n}s0:1" for n in (24, 42, 58, 93, 154, 171, 186, 219))
@@ -203,3 +203,29 @@ def test_devices_can_be_named() -> None:
     _, second, findings = pair(recorded("h800-ib-1"), recorded("h800-ib-2"), devices=wanted)
     assert second.devices == ("/dev/infiniband/uverbs0", "/dev/infiniband/uverbs1", "/dev/gdrdrv")
     assert findings == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "kernel", "modules", "way"),
+    [
+        ("open", "6.12.48+deb13-amd64", (), "dma-buf"),
+        ("open", "5.14.0-503.40.1.el9_5.x86_64", ("nvidia_peermem",), "dma-buf"),  # NCCL prefers it
+        ("open", "5.10.0-30-amd64", ("nvidia_peermem",), "nvidia-peermem"),
+        ("proprietary", "6.8.0-79-generic", ("nvidia_peermem",), "nvidia-peermem"),
+        ("proprietary", "6.8.0-79-generic", (), "none"),
+    ],
+)
+def test_how_hcas_reach_the_gpus(driver: str, kernel: str, modules: tuple[str, ...], way: str) -> None:
+    facts = recorded("h800-ib-1")
+    facts = facts.model_copy(
+        update={
+            "driver": facts.driver.model_copy(update={"flavour": driver}),
+            "os": facts.os.model_copy(update={"kernel": kernel}),
+            "infiniband": facts.infiniband.model_copy(update={"modules": modules}),
+        }
+    )
+    assert gpudirect(facts) == way
+
+
+def test_without_an_hca_there_is_no_way_to_the_gpus() -> None:
+    assert gpudirect(recorded("l20-pcie")) == "none"

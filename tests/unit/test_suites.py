@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deploy_dsv3 import content, derive, hostvars, observation
+from deploy_dsv3 import content, derive, hostvars, observation, ports
 from deploy_dsv3.derive import HostInput
 from deploy_dsv3.facts import load_facts
 from deploy_dsv3.observation import Observation
@@ -68,6 +68,12 @@ class Deployed:
 
     def _redeploy(self) -> None:
         """Put in place what this version would deploy there; the recording is of an earlier one."""
+        for host in self.hosts.values():
+            host["facts"]["fabric"] = {"state": "Completed", "status": "Success"}
+            host["facts"]["state"] = {"packages": {"nvidia-fabricmanager": "580.105.08-1"}, "sysctls": {}}
+            limits = "Limit                     Soft Limit           Hard Limit           Units\n"
+            limits += "Max locked memory         unlimited            unlimited            bytes\n"
+            host["inside"]["limits"] = {"rc": 0, "out": limits, "err": ""}
         inputs = {
             host: HostInput(
                 host=host,
@@ -80,6 +86,7 @@ class Deployed:
         for host, plan in derive.derive(REPLICA, inputs)[0].items():
             self.hosts[host]["documents"]["node"] = dict(plan.node_file)
             self.hosts[host]["documents"]["serve"] = dict(plan.serve_file) if host == HEAD else None
+            self.facts(host)["state"]["sysctls"][ports.SYSCTL] = plan.reserved_ports
             config = self.inspect(host)["Config"]
             kept = [entry for entry in config["Env"] if entry.split("=")[0] not in plan.environment]
             config["Env"] = kept + [f"{name}={value}" for name, value in plan.environment.items()]
@@ -154,7 +161,12 @@ def fails(function: Callable[..., None], fleet: Any, node: Any) -> bool:
         return False
     if "running" in wanted and not container["State"]["Running"]:
         return False
-    available = {"fleet": fleet, "facts": node.facts, "plan": node.plan}
+    available = {
+        "fleet": fleet,
+        "facts": node.facts,
+        "plan": node.plan,
+        "record_property": lambda _name, _value: None,
+    }
     try:
         function(**{name: available.get(name, node) for name in wanted})
     except pytest.skip.Exception:
@@ -201,6 +213,15 @@ def endpoint_taken(d: Deployed) -> None:
     d.open_port(HEAD, "198.18.0.11", 8000, ours=False, unit="nginx.service")
 
 
+def memory_limited(d: Deployed) -> None:
+    """Docker was asked for the limit, and the processes do not have it."""
+    d.set(engine_ulimits=["memlock:-1:-1"])
+    for host in d.hosts:
+        d.inspect(host)["HostConfig"]["Ulimits"] = [{"Name": "memlock", "Soft": -1, "Hard": -1}]
+    limits = d.hosts[WORKER]["inside"]["limits"]
+    limits["out"] = limits["out"].replace("unlimited", "8388608")
+
+
 def of(host: str, *names: str) -> Failures:
     return {(host, name) for name in names}
 
@@ -244,7 +265,15 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
     ),
     "driver updated without a reboot": (
         lambda d: d.facts(WORKER)["driver"].update(loaded_version="1.2"),
-        of(WORKER, "host.driver_version"),
+        of(WORKER, "host.driver_version", "host.fabric"),
+    ),
+    "fabric not formed": (
+        lambda d: d.facts(WORKER)["fabric"].update(state="In Progress", status="N/A"),
+        of(WORKER, "host.fabric"),
+    ),
+    "fabric manager updated without the driver": (
+        lambda d: d.facts(WORKER)["state"]["packages"].update({"nvidia-fabricmanager": "580.126.09-1"}),
+        of(WORKER, "host.fabric"),
     ),
     "another driver": (
         lambda d: [gpu.update(driver_version="1.2") for gpu in d.facts(WORKER)["gpus"]],
@@ -322,7 +351,7 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
     ),
     "a Ray port changed since": (
         lambda d: d.set(ray_cluster_node_manager_port=7000),
-        both("container.node_file", "network.known_ports"),
+        both("container.node_file", "network.known_ports", "network.reserved_ports"),
     ),
     "serving command on a worker": (
         lambda d: d.hosts[WORKER]["documents"].update(serve=d.document(HEAD, "serve")),
@@ -465,6 +494,18 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
     "HCA port down": (
         lambda d: [port.update(state="DOWN") for port in d.facts(WORKER)["infiniband"]["ports"][:1]],
         of(WORKER, "host.hcas", "host.fits", "container.environment"),
+    ),
+    "ib_uverbs not loaded": (
+        lambda d: d.facts(WORKER)["infiniband"].update(devices=[]),
+        of(WORKER, "host.hca_ports", "container.devices") | both("container.environment"),
+    ),
+    "ports free for anybody": (
+        lambda d: d.facts(WORKER)["state"]["sysctls"].update({ports.SYSCTL: "8000"}),
+        of(WORKER, "network.reserved_ports"),
+    ),
+    "memory that cannot be pinned": (
+        memory_limited,
+        of(WORKER, "container.memlock_inside"),
     ),
     "tensor parallelism of another size": (
         lambda d: d.set(lmdeploy_tp=8),

@@ -48,7 +48,7 @@ def test_what_steers_a_run_is_no_input(role: str, setting: str) -> None:
 
 def test_every_role_that_the_playbooks_run_changes_hosts_or_only_looks() -> None:
     """A new role has to be put on one of the two sides."""
-    looking = {"preflight", "rdma", "node_network", "model_weights", "ray_cluster", "first_token", "deployment_record"}
+    looking = {"preflight", "model_weights", "ray_cluster", "first_token", "deployment_record"}
     handed_to_others = {"package_repository"}
     known = {path.name for path in content.roles().iterdir() if path.is_dir()}
     assert known - handed_to_others - looking == set(wanted.ROLES)

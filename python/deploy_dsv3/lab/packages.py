@@ -118,7 +118,7 @@ def plan(kernel: str) -> list[Package]:
     found += [_pinning(branch, f"{branch}.*") for branch in _BRANCHES]
     for toolkit in TOOLKITS:
         found += _toolkit_packages(toolkit)
-    return found
+    return [*found, _ofed()]
 
 
 def _kernel_packages(kernel: str) -> list[Package]:
@@ -244,6 +244,17 @@ def _pinning(what: str, version: str) -> Package:
         summary=f"Pins the NVIDIA driver to {what}",
         files={f"/etc/apt/preferences.d/{name}": preferences},
         relations={"Provides": "nvidia-driver-pinning", "Conflicts": "nvidia-driver-pinning"},
+    )
+
+
+def _ofed() -> Package:
+    """What a DOCA-OFED is known by. Hosts are born with it; no role installs one."""
+    return Package(
+        name="ofed-scripts",
+        version="25.07-1",
+        repository="driver",
+        summary="Scripts of DOCA-OFED",
+        payload="ofed-scripts",
     )
 
 
