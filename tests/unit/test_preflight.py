@@ -295,7 +295,7 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
     ]
     text = describe(findings)
     assert text.index("[error]") < text.index("[warning]")
-    assert text.count("remedy:") == 6
+    assert text.count("remedy:") == 7
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,8 @@ CE = {"docker_engine_source": "repository"}
 )
 def test_the_source_has_a_driver_that_the_image_takes(name: str, settings: dict[str, Any], code: str | None) -> None:
     found = judge_one(recorded(name), **settings)
-    assert set(found) == ({code} if code else set())
+    # A lone server of eight does not hold the model.
+    assert set(found) - {"capacity"} == ({code} if code else set())
 
 
 @pytest.mark.parametrize(
