@@ -253,8 +253,8 @@ phase_record() {
 }
 
 phase_throughput() {
-  control python3 "$here/throughput.py" "$details" "http://$(endpoint):23333" "http://$(endpoint):$by_hand_port" \
-    --key sk-sample --until 70
+  control python3 "$here/throughput.py" "$details" "deployed=http://$(endpoint):23333" \
+    "by hand=http://$(endpoint):$by_hand_port,sk-sample" --until 70
 }
 
 # A new container on the same host finds the caches of the old one.

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Compare the throughput of two servers of one model under the same load, one after the other, several rounds.
+"""Compare the throughput of servers of one model under the same load, one after the other, several rounds.
 
-    throughput.py OUTPUT DEPLOYED_URL BY_HAND_URL [--key KEY] [--rounds N] [--seconds S] [--until S]
+    throughput.py OUTPUT NAME=URL[,KEY] NAME=URL[,KEY] … [--rounds N] [--seconds S] [--until S]
 
-The load is the benchmark's own: the same requests for both, all in flight at once. How many that are is found out
-first, so that one measurement takes about `--seconds`. Who begins alternates from round to round. throughput.json and
+The last is what the others are compared with. One more of its kind among them shows how far two servers of one kind
+are apart: less than that says nothing. The load is the benchmark's own: the same requests for all, as many as take
+one server about `--seconds`, which is found out first. Who begins changes from round to round. throughput.json and
 .md in OUTPUT are written after every round, so that a run cut short has what it measured. `--until` is the time to be
-done by [seconds from now]. The server that is not asked is idle and takes nothing but memory.
+done by [seconds from now]. A server that is not asked is idle and takes nothing but memory.
 """
 
 from __future__ import annotations
@@ -50,13 +51,11 @@ async def measure(endpoint: Endpoint, prompts: int, seed: int) -> dict[str, Any]
     }
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, Any]:
-    """Medians, and the ratio of deployed to by hand: of the medians, and of each round."""
-    medians = {
-        who: round(statistics.median(each[who]["output_tokens_per_s"] for each in rounds), 1)
-        for who in ("deployed", "by_hand")
-    }
-    ratios = [each["deployed"]["output_tokens_per_s"] / each["by_hand"]["output_tokens_per_s"] for each in rounds]
+def summarise(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], prompts: int) -> dict[str, Any]:
+    """Medians, and the ratio of each server to the last named: of the medians, and of each round."""
+    *others, last = names
+    rates = {name: [each[name]["output_tokens_per_s"] for each in rounds] for name in names}
+    medians = {name: round(statistics.median(rates[name]), 1) for name in names}
     return {
         "prompts": prompts,
         "input_len": INPUT_LEN,
@@ -64,39 +63,43 @@ def summarise(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, An
         "streams": STREAMS,
         "rounds": list(rounds),
         "median_output_tokens_per_s": medians,
-        "ratio_of_medians": round(medians["deployed"] / medians["by_hand"], 4),
-        "ratios": [round(ratio, 4) for ratio in ratios],
+        "compared_with": last,
+        "ratio_of_medians": {name: round(medians[name] / medians[last], 4) for name in others},
+        "ratios": {
+            name: [round(one / base, 4) for one, base in zip(rates[name], rates[last], strict=True)] for name in others
+        },
     }
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table for people."""
+    medians, last = summary["median_output_tokens_per_s"], summary["compared_with"]
+    heads = [*medians, *(f"{name} / {last}" for name in summary["ratios"])]
     lines = [
         f"Throughput, {summary['prompts']} requests of {summary['input_len']} tokens in and {summary['output_len']} out"
         f", {summary['streams']} in flight (output tokens/s):",
         "",
-        "| round | first | deployed | by hand | ratio |",
-        "| --- | --- | ---: | ---: | ---: |",
+        f"| round | first | {' | '.join(heads)} |",
+        f"| --- | --- |{' ---: |' * len(heads)}",
     ]
-    for number, (each, ratio) in enumerate(zip(summary["rounds"], summary["ratios"], strict=True), 1):
-        deployed, by_hand = (each[who]["output_tokens_per_s"] for who in ("deployed", "by_hand"))
-        lines.append(f"| {number} | {each['first'].replace('_', ' ')} | {deployed:,} | {by_hand:,} | {ratio:.3f} |")
-    deployed, by_hand = (summary["median_output_tokens_per_s"][who] for who in ("deployed", "by_hand"))
-    lines.append(f"| median | | {deployed:,} | {by_hand:,} | **{summary['ratio_of_medians']:.3f}** |")
-    return "\n".join([*lines, ""])
+    for number, each in enumerate(summary["rounds"]):
+        cells = [f"{each[name]['output_tokens_per_s']:,}" for name in medians]
+        cells += [f"{ratios[number]:.3f}" for ratios in summary["ratios"].values()]
+        lines.append(f"| {number + 1} | {each['first']} | {' | '.join(cells)} |")
+    cells = [f"{median:,}" for median in medians.values()]
+    cells += [f"**{ratio:.3f}**" for ratio in summary["ratio_of_medians"].values()]
+    return "\n".join([*lines, f"| median | | {' | '.join(cells)} |", ""])
 
 
 async def compare(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    servers = {
-        "deployed": Endpoint(base_url=options.deployed),
-        "by_hand": Endpoint(base_url=options.by_hand, api_key=options.key),
-    }
-    # Not counted: both get warm, and the row's length is found out.
-    tries = {who: await measure(endpoint, LEAST_PROMPTS, seed=1) for who, endpoint in servers.items()}
+    servers: dict[str, Endpoint] = dict(options.servers)
+    # Not counted: all get warm, and the row's length is found out.
+    tries = {name: await measure(endpoint, LEAST_PROMPTS, seed=1) for name, endpoint in servers.items()}
     fastest = max(one["completed"] / one["duration_s"] for one in tries.values())
     prompts = max(LEAST_PROMPTS, round(fastest * options.seconds / STREAMS) * STREAMS)
     print(f"tried {tries}; {prompts} requests a measurement", flush=True)
+    names, order = list(servers), list(servers)
     rounds: list[dict[str, Any]] = []
     longest = 0.0
     for number in range(options.rounds):
@@ -104,34 +107,43 @@ async def compare(options: argparse.Namespace) -> int:
         if rounds and now - began + longest > options.until:
             print(f"no time for round {number + 1}")
             break
-        order = ("deployed", "by_hand") if number % 2 == 0 else ("by_hand", "deployed")
         each: dict[str, Any] = {"first": order[0]}
-        for who in order:
-            each[who] = await measure(servers[who], prompts, seed=number + 2)
-            print(f"round {number + 1} {who}: {each[who]}", flush=True)
+        for name in order:
+            each[name] = await measure(servers[name], prompts, seed=number + 2)
+            print(f"round {number + 1} {name}: {each[name]}", flush=True)
+        order = order[1:] + order[:1]
         rounds.append(each)
         longest = max(longest, time.monotonic() - now)
-        summary = summarise(rounds, prompts)
+        summary = summarise(rounds, names, prompts)
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "throughput.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         (options.output / "throughput.md").write_text(markdown(summary), encoding="utf-8")
     print(markdown(summary))
-    failed = sum(each[who]["failed"] for each in rounds for who in servers)
+    failed = sum(each[name]["failed"] for each in rounds for name in names)
     if failed:
         print(f"{failed} requests failed", file=sys.stderr)
     return 1 if failed else 0
 
 
+def read_server(text: str) -> tuple[str, Endpoint]:
+    """Take `NAME=URL[,KEY]` apart."""
+    name, _, where = text.partition("=")
+    url, _, key = where.partition(",")
+    if not (name and url):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=URL[,KEY]")
+    return name, Endpoint(base_url=url, api_key=key)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("deployed", metavar="DEPLOYED_URL")
-    parser.add_argument("by_hand", metavar="BY_HAND_URL")
-    parser.add_argument("--key", default="", help="API key of the one started by hand")
+    parser.add_argument("servers", nargs="+", type=read_server, metavar="NAME=URL[,KEY]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--until", type=float, default=600.0)
     options = parser.parse_args(arguments)
+    if len(dict(options.servers)) < max(2, len(options.servers)):
+        parser.error("name two servers or more, each differently")
     check_open_files(STREAMS)
     return asyncio.run(compare(options))
 

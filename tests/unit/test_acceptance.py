@@ -353,22 +353,32 @@ def test_the_server_by_hand_is_the_deployed_one_but_for_what_cannot_be_shared(
 
 def test_throughput_is_compared_by_the_medians(script: Callable[[str], ModuleType]) -> None:
     throughput = script("throughput")
+    names = ("deployed", "second", "by hand")
     rounds = [
-        {
-            "first": first,
-            "deployed": {"output_tokens_per_s": deployed, "failed": 0},
-            "by_hand": {"output_tokens_per_s": by_hand, "failed": 0},
-        }
-        for first, deployed, by_hand in (
-            ("deployed", 990.0, 1000.0),
-            ("by_hand", 1500.0, 1000.0),
-            ("deployed", 995.0, 990.0),
+        {"first": first, **{name: {"output_tokens_per_s": rate} for name, rate in zip(names, rates, strict=True)}}
+        for first, rates in (
+            ("deployed", (990.0, 1010.0, 1000.0)),
+            ("second", (1500.0, 1000.0, 1000.0)),
+            ("by hand", (995.0, 980.0, 990.0)),
         )
     ]
-    summary = throughput.summarise(rounds, 640)
-    assert summary["median_output_tokens_per_s"] == {"deployed": 995.0, "by_hand": 1000.0}
-    assert (summary["ratio_of_medians"], summary["ratios"]) == (0.995, [0.99, 1.5, 1.0051])
-    assert "| 2 | by hand | 1,500.0 | 1,000.0 | 1.500 |" in throughput.markdown(summary)
+    summary = throughput.summarise(rounds, names, 640)
+    assert summary["median_output_tokens_per_s"] == {"deployed": 995.0, "second": 1000.0, "by hand": 1000.0}
+    assert summary["ratio_of_medians"] == {"deployed": 0.995, "second": 1.0}
+    assert summary["ratios"] == {"deployed": [0.99, 1.5, 1.0051], "second": [1.01, 1.0, 0.9899]}
+    table = throughput.markdown(summary)
+    assert "| round | first | deployed | second | by hand | deployed / by hand | second / by hand |" in table
+    assert "| 2 | second | 1,500.0 | 1,000.0 | 1,000.0 | 1.500 | 1.000 |" in table
+    assert "| median | | 995.0 | 1,000.0 | 1,000.0 | **0.995** | **1.000** |" in table
+
+
+@pytest.mark.parametrize("servers", [["a=http://h"], ["a=http://h", "a=http://i"], ["a=http://h", "http://i"]])
+def test_throughput_wants_servers_with_names(
+    script: Callable[[str], ModuleType], servers: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script("throughput").main([str(tmp_path), *servers])
+    assert ended.value.code == 2
 
 
 @pytest.mark.parametrize("path", sorted(ACCEPTANCE.glob("*.sh")), ids=lambda path: path.name)
