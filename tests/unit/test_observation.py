@@ -14,6 +14,7 @@ from configparser import ConfigParser
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from secrets import token_hex
 from socketserver import ThreadingUnixStreamServer
 from types import ModuleType
 from typing import Any
@@ -243,7 +244,7 @@ def test_documents_are_told_apart_when_missing_and_when_broken(tmp_path: Path) -
 
 
 def test_a_secret_in_arguments_logs_or_files_is_found_and_not_repeated(tmp_path: Path) -> None:
-    secret = "very-secret-token-0123456789"
+    secret = token_hex(16)  # this machine's other processes are looked at too
     (tmp_path / "engine" / "secrets").mkdir(parents=True)
     (tmp_path / "engine" / "secrets" / "ray_token").write_text(secret + "\n")
     (tmp_path / "engine" / "node.json").write_text(json.dumps({"token": secret}))
