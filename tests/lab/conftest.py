@@ -23,6 +23,7 @@ ORDER = (
     "test_main_job",
     "test_wheel",
     "test_plan",
+    "test_trouble",
     "test_recovery",
     "test_drift",
     "test_destroy",
