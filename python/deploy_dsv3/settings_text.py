@@ -61,6 +61,7 @@ def document(settings: Settings | None, known: Mapping[str, Setting] | None = No
                 "default": setting.default,
                 "unit": setting.unit,
                 "secret": setting.secret,
+                "former_names": list(setting.former_names),
                 "doc": setting.doc,
                 "values": [
                     {"hosts": list(hosts), "value": value.shown, "source": value.source}
@@ -169,11 +170,19 @@ def json_schema(known: Mapping[str, Setting] | None = None) -> dict[str, Any]:
         "title": "deploy-dsv3 settings",
         "description": "Variables of an inventory's group_vars or host_vars.",
         "type": "object",
-        "properties": {setting.name: _property(setting) for setting in settings},
+        "properties": {
+            **{setting.name: _property(setting) for setting in settings},
+            # No value is right for a name that was given up; editors strike it through and show the new one.
+            **{
+                old: {"not": {}, "deprecated": True, "description": f"Renamed: write {setting.name} instead."}
+                for setting in settings
+                for old in setting.former_names
+            },
+        },
         # Other variables are the site's own; what begins like a setting must be one.
         "propertyNames": {
             "anyOf": [
-                {"enum": [setting.name for setting in settings]},
+                {"enum": [name for setting in settings for name in (setting.name, *setting.former_names)]},
                 {"not": {"pattern": f"^(?:dsv3|{'|'.join(prefixes)})_"}},
             ]
         },

@@ -24,6 +24,7 @@ ORDER = (
     "test_wheel",
     "test_benchmark",
     "test_plan",
+    "test_trouble",
     "test_recovery",
     "test_drift",
     "test_destroy",

@@ -264,6 +264,15 @@ class TestText:
 
         assert not Draft202012Validator(settings_text.json_schema()).is_valid(variables)
 
+    def test_schema_names_the_successor_of_a_renamed_setting(self, known: dict[str, Setting]) -> None:
+        from jsonschema import Draft202012Validator
+
+        schema = settings_text.json_schema(known)
+        renamed = schema["properties"]["pump_wait"]
+        assert renamed["deprecated"] is True and "pump_wait_timeout_s" in renamed["description"]
+        assert not Draft202012Validator(schema).is_valid({"pump_wait": 3})
+        assert Draft202012Validator(schema).is_valid({"pump_wait_timeout_s": 3})
+
     def test_table_goes_between_the_markers(self, known: dict[str, Setting]) -> None:
         text = f"before\n{settings_text.BEGIN}\nold\n{settings_text.END}\nafter\n"
         made = settings_text.insert(text, known)

@@ -1,0 +1,83 @@
+"""A run that fails or is stopped says why and where, leaves no lock, and the next one puts it right."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import sight
+from product import Product, Run
+
+from deploy_dsv3.lab.fleet import Lab
+
+pytestmark = pytest.mark.usefixtures("deployed")
+
+#: LMDeploy reads it as a boolean when it is imported, and stops at this.
+BROKEN = ("--extra-vars", json.dumps({"engine_environment": {"LMDEPLOY_SKIP_WARMUP": "perhaps"}}))
+PAGE = "docs/runbooks/troubleshooting.md#empty-environment"
+
+
+def _runs(product: Product, lab: Lab) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = product("history", "--inventory", lab.inventory, "--json").document["runs"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def failed(product: Product, lab: Lab) -> Run:
+    """A deploy of an engine that cannot start, for a reason that its log names."""
+    return product("--inventory", lab.inventory, *BROKEN, "--json", expect=4, what="deploy of a broken engine")
+
+
+def test_a_failing_deploy_tells_the_first_cause(failed: Run, lab: Lab, product: Product) -> None:
+    first = failed.document["failures"][0]
+    assert (first["host"], first["stage"], first["code"]) == ("gpu-01", "engine", "empty-environment")
+    assert first["cause"] and first["remedy"] and first["page"] == PAGE
+    assert "LMDEPLOY_SKIP_WARMUP=perhaps" in first["message"]
+    report = (Path(failed.document["log"]) / "report.txt").read_text()
+    assert "FAILED stage engine, host gpu-01" in report and PAGE in report
+    last = _runs(product, lab)[-1]
+    assert last["result"] == "failed" and last["failure"]["page"] == PAGE  # type: ignore[index]
+
+
+def test_status_and_verify_tell_it_as_well(failed: Run, product: Product, lab: Lab) -> None:
+    (replica,) = product("status", "--inventory", lab.inventory, "--json", expect=5).document["replicas"]
+    assert replica["nodes"][0]["cause"]["page"] == PAGE
+    assert PAGE in product("status", "--inventory", lab.inventory, expect=5).out
+    red = product("verify", "--inventory", lab.inventory, *BROKEN, "--json", expect=5).document["checks"]
+    told = {check["check"]: check["message"] for check in red if check["outcome"] == "failed"}
+    assert PAGE in told["The engine's log names no failure that is known"]
+
+
+def test_the_next_run_puts_it_right(failed: Run, product: Product, lab: Lab, endpoint: str) -> None:
+    product("--inventory", lab.inventory, what="run after one that failed")
+    assert sight.serves(endpoint)
+
+
+def test_sigterm_while_it_verifies_gives_the_lock_back(product: Product, lab: Lab, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        running = subprocess.Popen(
+            product.argv("--inventory", lab.inventory, "--full"),
+            cwd=product.folder,
+            env=product.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        sight.eventually(lambda: " verify: " in log.read_text(), "it verifies", within_s=600)
+        stopped = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 143
+        assert time.monotonic() - stopped < 30
+    finally:
+        running.kill()
+        running.wait()
+    assert "Run the same command again" in log.read_text()
+    last = _runs(product, lab)[-1]
+    assert (last["result"], last["exit_code"]) == ("stopped", 143)
+    product("--inventory", lab.inventory, what="run after one that was stopped")
