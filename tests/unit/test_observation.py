@@ -323,6 +323,8 @@ def test_a_secret_in_arguments_logs_or_files_is_found_and_not_repeated(tmp_path:
     (tmp_path / "engine" / "node.json").write_text(json.dumps({"token": secret}))
     inspect = {"Config": {"Env": [f"RAY_AUTH_TOKEN={secret}"]}}
     sleeper = subprocess.Popen([sys.executable, "-c", "input()", secret], stdin=subprocess.PIPE)
+    while not Path(f"/proc/{sleeper.pid}/cmdline").read_bytes():
+        time.sleep(0.01)  # the kernel closes the pipe that Popen waits for before it has set the arguments
     try:
         leaks = observer.leaks(str(tmp_path), "no-such-container", inspect)
     finally:
