@@ -11,6 +11,7 @@ import configparser
 import ipaddress
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deploy_dsv3 import causes, content, observer, signatures
+from deploy_dsv3 import causes, content, observer, runner, signatures
 from deploy_dsv3.interruption import end_children
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ TIMEOUT_S = 120
 _MAX_PARALLEL = 32
 # Never a question that nobody can answer, and never a wait for a host that has gone away.
 _SSH_OPTIONS = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=6"
+#: Variable that names the folder of `shared_connections` to the processes that are started meanwhile.
+_SHARED = "DEPLOY_DSV3_CONNECTIONS"
+# ssh adds a hash of 40 and a suffix of 17 characters, and the address of a socket takes 107 bytes.
+_LONGEST_FOLDER = 45
+# From this version on the process that holds a connection open lets go of its parent's standard error.
+_SHARING_SSH = (8, 9)
 # testinfra knows nothing of these, or hands a password to sshpass in an argument that every user can read.
 _NEEDS_ANSIBLE: Mapping[str, tuple[str, ...]] = {
     "ansible_password": (),
@@ -173,6 +181,51 @@ def ask(connections: Mapping[str, Mapping[str, Any]], commands: Mapping[str, str
 
 
 @contextmanager
+def shared_connections() -> Iterator[None]:
+    """Log in to each host once for as long as this lasts: whoever looks again goes through the same connection, also
+    from a process that is started meanwhile. A login costs a host more than what it is asked.
+    """
+    with runner.private_directory() as folder:
+        shared = len(str(folder)) <= _LONGEST_FOLDER and _SHARED not in os.environ and _ssh_version() >= _SHARING_SSH
+        if not shared:
+            yield
+            return
+        os.environ[_SHARED] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ[_SHARED]
+            _hang_up(folder)
+
+
+def _hang_up(folder: Path) -> None:
+    """End the connections whose sockets are in a folder."""
+    ending = [
+        subprocess.Popen(
+            # The name of a host is asked for and has no part in it.
+            ["ssh", "-F", "none", "-O", "exit", "-o", f"ControlPath={socket}", "any"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for socket in folder.iterdir()
+    ]
+    for process in ending:
+        process.wait()
+
+
+@cache
+def _ssh_version() -> tuple[int, int]:
+    """Version of OpenSSH's client; (0, 0) where there is none, or another."""
+    try:
+        said = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=False, timeout=10).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return 0, 0
+    found = re.match(r"OpenSSH_(\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@contextmanager
 def _nothing_left(pool: ThreadPoolExecutor) -> Iterator[None]:
     """Whoever is stopped while hosts are asked does not wait for their answers."""
     try:
@@ -254,6 +307,10 @@ def _with_ssh_options(config: configparser.ConfigParser) -> configparser.ConfigP
     checking = config.get("defaults", "host_key_checking", fallback="true", raw=True)
     if os.environ.get("ANSIBLE_HOST_KEY_CHECKING", checking).lower() in ("false", "no", "0", "off"):
         ssh_args += " -o StrictHostKeyChecking=no"
+    folder = os.environ.get(_SHARED, "")
+    if folder and "controlpath" not in ssh_args.lower():
+        # testinfra adds ControlMaster and ControlPersist.
+        ssh_args += f" -o ControlPath={folder}/%C"
     config.set("ssh_connection", "ssh_args", f"{ssh_args} {_SSH_OPTIONS}".strip().replace("%", "%%"))
     return config
 

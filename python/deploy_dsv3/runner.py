@@ -117,7 +117,7 @@ def run(job: Job, *, log: RunLog, on_record: Callable[[Record], None]) -> Outcom
             stop.now = True
         return True  # ansible-runner keeps an event only if its handler says so
 
-    with _private_directory() as private, _stop_on_signal(private / "stop") as stop:
+    with private_directory() as private, _stop_on_signal(private / "stop") as stop:
         result = ansible_runner.run(
             private_data_dir=str(private),
             # Relative paths in an inventory mean what they mean to ansible-playbook.
@@ -356,7 +356,7 @@ def _stop_on_signal(flag: Path) -> Iterator[_Stop]:
 
 
 @contextmanager
-def _private_directory() -> Iterator[Path]:
+def private_directory() -> Iterator[Path]:
     """A directory of mode 0700 that is removed in the end, as are now those of runs that were killed."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = Path(runtime) if runtime and os.access(runtime, os.W_OK) else Path(tempfile.gettempdir())

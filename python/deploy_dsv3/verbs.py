@@ -176,10 +176,17 @@ def deploy(options: Options, *, full: bool = False, planned: Path | None = None)
     Raises:
         DeployError: the run could not begin, nobody agreed to the plan, or it was stopped.
     """
+    from deploy_dsv3 import observation
+
+    with observation.shared_connections():
+        return _deploy(options, full=full, planned=planned)
+
+
+def _deploy(options: Options, *, full: bool, planned: Path | None) -> Result:
     from deploy_dsv3 import plan_file
 
     target = load(options, whole_replicas=True)
-    made, fleet = (None, None) if options.check and not planned else _plan(target, options)
+    made, fleet = (None, None) if options.check and not planned else make_plan(target, options)
     if made and planned:
         plan_file.check(made, planned)
     elif made:
@@ -233,7 +240,7 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     from deploy_dsv3 import plan_file, plan_text
 
     target = load(options, whole_replicas=True)
-    made, _ = _plan(target, options)
+    made, _ = make_plan(target, options)
     if out:
         plan_file.save(made, out)
     return Result(
@@ -243,7 +250,7 @@ def plan(options: Options, *, out: Path | None = None) -> Result:
     )
 
 
-def _plan(target: Target, options: Options) -> tuple[Plan, Fleet]:
+def make_plan(target: Target, options: Options) -> tuple[Plan, Fleet]:
     """The plan, and the hosts as they were seen for it."""
     from deploy_dsv3 import plan, probing
 

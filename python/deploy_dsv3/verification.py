@@ -185,8 +185,8 @@ def _run_suites(expectations: Expectations, folder: Path, suites: Path) -> list[
     told, records = folder / "expectations.json", folder / "records.jsonl"
     expectations.write(told)
     argv = [sys.executable, "-m", "pytest", str(suites), f"--rootdir={suites}", "--config-file=/dev/null"]
-    argv += [f"--expectations={told}", f"--records={records}", "--quiet", "--tb=short", "--color=no"]
-    argv += ["-p", "no:cacheprovider"]
+    argv += [f"--expectations={told}", f"--records={records}", "--quiet", "--tb=line", "--color=no"]
+    argv += ["-p", "no:cacheprovider", "-p", "no:logging"]
     # Plugins that happen to be installed have no part in this: they cost time and can change outcomes.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_ADDOPTS", None)

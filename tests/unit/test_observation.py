@@ -1,8 +1,10 @@
 """Looking at a host: what is read there, by which way, and what is said when it cannot be."""
 
+import getpass
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -70,6 +72,77 @@ def test_hosts_are_looked_at_together_and_one_that_is_away_takes_nothing_from_th
     for name in ("away", "away-too"):
         assert not seen[name].reached and "Connection refused" in seen[name].error
         assert "Start sshd there, or set ansible_port." in seen[name].error
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    """An SSH server of this user's own: how to connect to it, and its log."""
+    program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if not program:
+        pytest.skip("there is no sshd (./dev test installs openssh-server)")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    for name in ("host", "id"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    (tmp_path / "authorized").write_text((tmp_path / "id.pub").read_text())
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {(tmp_path / 'host.pub').read_text()}")
+    log = tmp_path / "log"
+    options = ["UsePAM no", "StrictModes no", "PermitRootLogin yes", "PidFile none", "LogLevel VERBOSE"]
+    options += [f"AuthorizedKeysFile {tmp_path}/authorized", f"HostKey {tmp_path}/host", "ListenAddress 127.0.0.1"]
+    (tmp_path / "config").write_text("\n".join([*options, f"Port {port}"]) + "\n")
+    server = subprocess.Popen([program, "-D", "-E", str(log), "-f", str(tmp_path / "config")])
+    for _ in range(100):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            break
+        time.sleep(0.05)
+    common = f"-o UserKnownHostsFile={tmp_path}/known -o StrictHostKeyChecking=yes -o IdentitiesOnly=yes"
+    yield (
+        {
+            "ansible_host": "127.0.0.1",
+            "ansible_port": port,
+            "ansible_user": getpass.getuser(),
+            "ansible_ssh_private_key_file": str(tmp_path / "id"),
+            "ansible_ssh_common_args": common,
+        },
+        log,
+    )
+    server.terminate()
+    server.wait()
+
+
+def test_while_connections_are_shared_each_host_is_logged_in_to_once(sshd: tuple[dict[str, Any], Path]) -> None:
+    connection, log = sshd
+
+    def ask() -> None:
+        seen = observation.ask({"a": connection}, {"a": "echo '{\"home\": 1}'"})["a"]
+        assert seen.seen == {"home": 1}, seen.error
+
+    def logins() -> int:
+        return log.read_text().count("Accepted publickey")
+
+    ask()
+    ask()
+    assert logins() == 2
+    with observation.shared_connections():
+        folder = Path(os.environ["DEPLOY_DSV3_CONNECTIONS"])
+        ask()
+        ask()
+        assert logins() == 3 and len(list(folder.iterdir())) == 1
+    assert not folder.exists() and "DEPLOY_DSV3_CONNECTIONS" not in os.environ
+    deadline = time.monotonic() + 10
+    while "Disconnected from user" not in log.read_text().rpartition("Accepted publickey")[2]:
+        assert time.monotonic() < deadline, "the connection is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("version", [(8, 4), (0, 0)])
+def test_an_ssh_that_would_not_let_go_shares_nothing(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]) -> None:
+    monkeypatch.setattr(observation, "_ssh_version", lambda: version)
+    with observation.shared_connections():
+        assert "DEPLOY_DSV3_CONNECTIONS" not in os.environ
 
 
 def test_whoever_is_stopped_does_not_wait_for_a_host_that_hangs() -> None:
@@ -250,6 +323,8 @@ def test_a_secret_in_arguments_logs_or_files_is_found_and_not_repeated(tmp_path:
     (tmp_path / "engine" / "node.json").write_text(json.dumps({"token": secret}))
     inspect = {"Config": {"Env": [f"RAY_AUTH_TOKEN={secret}"]}}
     sleeper = subprocess.Popen([sys.executable, "-c", "input()", secret], stdin=subprocess.PIPE)
+    while not Path(f"/proc/{sleeper.pid}/cmdline").read_bytes():
+        time.sleep(0.01)  # the kernel closes the pipe that Popen waits for before it has set the arguments
     try:
         leaks = observer.leaks(str(tmp_path), "no-such-container", inspect)
     finally:
