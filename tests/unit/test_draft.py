@@ -166,6 +166,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a file with braces": ((*PAIR, "--api-keys-file", "{{x}}"), "has braces"),
     "both places for keys": ((*PAIR, "--api-keys-file", "k", "--vault-password-file", "p"), "exclude each other"),
     "a vault password that is not there": ((*PAIR, "--vault-password-file", "/nowhere/p"), "no such vault password"),
+    "a program that prints no password": ((*PAIR, "--vault-password-file", "program"), "password cannot be read"),
     "a sudo password that is not there": ((*PAIR, "--sudo-password-file", "/nowhere/p"), "no such sudo password"),
     "a port out of range": ((*PAIR, "--port", "70000"), "is out of range"),
     "a relative path": ((*PAIR, "--model-path", "models"), "is not absolute"),
@@ -185,6 +186,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     arguments: tuple[str, ...], told: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "keys").write_text("x")
+    (here / "program").write_text("#!/bin/sh\nexit 1\n")
+    (here / "program").chmod(0o700)
     before = sorted(here.iterdir())
     assert cli.run(["init", *arguments]) == 2
     err = capsys.readouterr().err
@@ -203,6 +206,15 @@ class TestOverwriting:
         init(*PAIR, "--force", capsys=capsys)
         assert read(here / "prod")[0].hosts == ("gpu-01", "gpu-02")
         assert (here / "prod/host_vars").is_dir()
+
+    def test_a_vault_from_before_is_not_left_beside_other_keys(
+        self, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (here / "password").touch(mode=0o600)
+        (here / "password").write_text("right\n")
+        init(*PAIR, "--vault-password-file", "password", capsys=capsys)
+        assert cli.run(["init", *PAIR, "--api-keys-file", "keys", "--force"]) == 2
+        assert "vault.yml is there already, and would be read as well" in capsys.readouterr().err
 
     def test_a_folder_with_other_files_is_fine(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (here / "prod").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 from deploy_dsv3 import inventory, runner, verbs
 from deploy_dsv3.draft import text
 from deploy_dsv3.draft.answers import Answers
-from deploy_dsv3.errors import ConfigErrors, UsageError
+from deploy_dsv3.errors import ConfigErrors, UsageError, config_error
 from deploy_dsv3.inventory import VaultOptions
 
 
@@ -68,6 +68,12 @@ def _refuse_to_overwrite(folder: Path, answers: Answers, contents: Mapping[str, 
     there = [str(folder / name) for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", remedy="Name a folder: the inventory is two files and more.")
+    vault = folder / text.VAULT
+    if vault.exists() and not answers.vault_password_file:
+        raise UsageError(
+            f"{vault} is there already, and would be read as well",
+            remedy="Move it away, or go on with a vault: --vault-password-file FILE.",
+        )
     if there and not force:
         raise UsageError(f"{', '.join(there)}: there already", remedy="Name another folder, or add --force.")
 
@@ -99,14 +105,23 @@ def _encrypted(plain: str, password_file: Path) -> str:
     Raises:
         ConfigErrors: the password cannot be read.
     """
+    from ansible.errors import AnsibleError
     from ansible.parsing.dataloader import DataLoader
     from ansible.parsing.vault import VaultLib, get_file_vault_secret
 
     problem = inventory.check_secret_file(password_file, what="vault password file")
     if problem:
         raise ConfigErrors([problem])
-    secret = get_file_vault_secret(filename=str(password_file), vault_id="default", loader=DataLoader())
-    secret.load()
+    try:
+        secret = get_file_vault_secret(filename=str(password_file), vault_id="default", loader=DataLoader())
+        secret.load()
+    except AnsibleError as error:
+        raise config_error(
+            f"the vault password cannot be read: {str(error).splitlines()[0]}",
+            file=str(password_file),
+            key="--vault-password-file",
+            remedy="Check the file, or the program that prints the password.",
+        ) from error
     encrypted: bytes = VaultLib([("default", secret)]).encrypt(plain, secret)
     return encrypted.decode()
 
