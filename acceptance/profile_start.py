@@ -281,20 +281,20 @@ def summarise(folder: Path, log: Iterable[str]) -> list[dict[str, Any]]:
         events = json.loads(file.read_text())
         trace = list(intervals(events))
         thread = busiest(trace)
-        by_activity: Counter[str] = Counter()
-        by_package: Counter[str] = Counter()
-        by_step: dict[str, Counter[str]] = defaultdict(Counter)
+        by_activity: dict[str, float] = defaultdict(float)
+        by_package: dict[str, float] = defaultdict(float)
+        by_step: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for this, begin, end, stack in trace:
             if this != thread:
                 continue
             label = activity(stack)
-            by_activity[label] += end - begin  # type: ignore[assignment]
+            by_activity[label] += end - begin
             if label == "imports":
-                by_package[package(stack)] += end - begin  # type: ignore[assignment]
+                by_package[package(stack)] += end - begin
             if _warming(stack):
                 moment = note["sampled_from"] + begin
                 batch = next((size for at, size in reversed(captures) if at <= moment), None)
-                by_step[f"batch size {batch}" if batch else "prefill"][label] += end - begin  # type: ignore[assignment]
+                by_step[f"batch size {batch}" if batch else "prefill"][label] += end - begin
         entry: dict[str, Any] = {
             "role": "rank" if note["role"] == "ray-worker" and by_step else note["role"],
             "pid": note["pid"],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,9 +92,9 @@ def test_a_kept_plan_is_refused_once_a_host_has_changed(product: Product, lab: L
     assert product("--inventory", lab.inventory, "--plan", kept).exit_code == 0
 
 
-def test_of_two_at_once_one_wins_and_the_other_is_told_who(product: Product, lab: Lab) -> None:
-    with under_way(product, lab, "--full") as first:
-        until(lambda: lock_of(product, lab))
+def test_of_two_at_once_one_wins_and_the_other_is_told_who(product: Product, lab: Lab, tmp_path: Path) -> None:
+    with product.started("--inventory", lab.inventory, "--full", log=tmp_path / "log") as first:
+        sight.eventually(lambda: lock_of(product, lab), "it has the lock", within_s=600)
         told = product("--inventory", lab.inventory, expect=7).told
         assert "the deployment is locked by" in told and f"process {first.pid}" in told
         assert product("status", "--inventory", lab.inventory).exit_code == 0
@@ -104,9 +102,9 @@ def test_of_two_at_once_one_wins_and_the_other_is_told_who(product: Product, lab
     assert lock_of(product, lab) is None
 
 
-def test_ctrl_c_gives_the_lock_back(product: Product, lab: Lab) -> None:
-    with under_way(product, lab, "--full") as run:
-        until(lambda: lock_of(product, lab))
+def test_ctrl_c_gives_the_lock_back(product: Product, lab: Lab, tmp_path: Path) -> None:
+    with product.started("--inventory", lab.inventory, "--full", log=tmp_path / "log") as run:
+        sight.eventually(lambda: lock_of(product, lab), "it has the lock", within_s=600)
         run.send_signal(2)
         assert run.wait(timeout=120) == 130
     assert lock_of(product, lab) is None
@@ -117,8 +115,8 @@ def test_a_run_killed_at_each_stage_is_continued_by_the_next(product: Product, l
     changes = ("--extra-vars", "engine_log_max_size=50m lmdeploy_session_len=8192", "--full")
     for stage in STAGES:
         log = tmp_path / stage
-        with under_way(product, lab, *changes, log=log) as run:
-            until(partial(says, log, f" {stage}: "), run)
+        with product.started("--inventory", lab.inventory, *changes, log=log) as run:
+            sight.eventually(partial(says, log, f" {stage}: ", run), f"stage {stage}", within_s=600)
             run.kill()
     product("--inventory", lab.inventory, *changes, what="run after eight that were killed")
     assert product("plan", "--inventory", lab.inventory, *changes[:2]).out.endswith("nothing to do\n")
@@ -127,30 +125,11 @@ def test_a_run_killed_at_each_stage_is_continued_by_the_next(product: Product, l
     product("--inventory", lab.inventory, what="run back to the settings before")
 
 
-@contextmanager
-def under_way(
-    product: Product, lab: Lab, *arguments: str, log: Path | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A deploy that goes on by itself; killed in the end if it still does."""
-    with (log or Path("/dev/null")).open("wb") as out:
-        process = subprocess.Popen(
-            product.argv("--inventory", lab.inventory, *arguments),
-            cwd=product.folder,
-            env=product.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def says(log: Path, words: str) -> bool:
-    """Whether a run has said so by now."""
-    return words in log.read_text()
+def says(log: Path, words: str, run: subprocess.Popen[bytes]) -> bool:
+    """Whether a run that goes on has said so by now."""
+    said = words in log.read_text()
+    assert said or run.poll() is None, "the run ended before"
+    return said
 
 
 def lock_of(product: Product, lab: Lab) -> dict[str, Any] | None:
@@ -165,12 +144,3 @@ def lock_of(product: Product, lab: Lab) -> dict[str, Any] | None:
     (replica,) = Run(argv=(), exit_code=0, out=run.stdout.decode(), err="", seconds=0).document["replicas"]
     found: dict[str, Any] | None = replica["lock"]
     return found
-
-
-def until(happened: Callable[[], Any], run: subprocess.Popen[bytes] | None = None, *, within_s: float = 600) -> None:
-    """Wait for something that a run does."""
-    deadline = time.monotonic() + within_s
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        assert run is None or run.poll() is None, "the run ended before"
-        time.sleep(0.3)

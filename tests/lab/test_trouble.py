@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sight
@@ -21,8 +21,8 @@ BROKEN = ("--extra-vars", json.dumps({"engine_environment": {"LMDEPLOY_SKIP_WARM
 PAGE = "docs/runbooks/troubleshooting.md#empty-environment"
 
 
-def _runs(product: Product, lab: Lab) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = product("history", "--inventory", lab.inventory, "--json").document["runs"]
+def _runs(product: Product, lab: Lab) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = product("history", "--inventory", lab.inventory, "--json").document["runs"]
     return found
 
 
@@ -40,7 +40,7 @@ def test_a_failing_deploy_tells_the_first_cause(failed: Run, lab: Lab, product: 
     report = (Path(failed.document["log"]) / "report.txt").read_text()
     assert "FAILED stage engine, host gpu-01" in report and PAGE in report
     last = _runs(product, lab)[-1]
-    assert last["result"] == "failed" and last["failure"]["page"] == PAGE  # type: ignore[index]
+    assert last["result"] == "failed" and last["failure"]["page"] == PAGE
 
 
 def test_status_and_verify_tell_it_as_well(failed: Run, product: Product, lab: Lab) -> None:
@@ -59,24 +59,12 @@ def test_the_next_run_puts_it_right(failed: Run, product: Product, lab: Lab, end
 
 def test_sigterm_while_it_verifies_gives_the_lock_back(product: Product, lab: Lab, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with log.open("wb") as out:
-        running = subprocess.Popen(
-            product.argv("--inventory", lab.inventory, "--full"),
-            cwd=product.folder,
-            env=product.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
+    with product.started("--inventory", lab.inventory, "--full", log=log) as running:
         sight.eventually(lambda: " verify: " in log.read_text(), "it verifies", within_s=600)
         stopped = time.monotonic()
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=60) == 143
         assert time.monotonic() - stopped < 30
-    finally:
-        running.kill()
-        running.wait()
     assert "Run the same command again" in log.read_text()
     last = _runs(product, lab)[-1]
     assert (last["result"], last["exit_code"]) == ("stopped", 143)
