@@ -22,7 +22,8 @@ with `--full`.
 
     python benchmarks/fleet.py [--hosts 2 8 24] [--engines 2 8] [--runs 3] [--json]
 
-pyinfra is installed into a virtual environment of this script's own, in the lab's cache.
+pyinfra is installed into a virtual environment of this script's own, in the lab's cache. 24 hosts need more inotify
+instances than most systems give a user; `lab up` says how many.
 """
 
 from __future__ import annotations

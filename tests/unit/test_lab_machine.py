@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deploy_dsv3.lab import machine, network
-from deploy_dsv3.lab.errors import LabError
+from deploy_dsv3.lab import bringup, machine, network
+from deploy_dsv3.lab.errors import LabError, LabUsageError
 
 TARGETS = [
     "http://mirror.example/debian/ bookworm main",
@@ -81,6 +81,20 @@ def test_machine_without_cgroup2_gets_a_remedy() -> None:
     with pytest.raises(LabError) as refusal:
         machine.cgroup2_mount("cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n")
     assert "mount -t cgroup2" in refusal.value.remedy
+
+
+def test_no_more_hosts_than_the_machine_carries() -> None:
+    bringup.refuse_too_many(14, memory_gib=24, inotify_instances=128)
+    with pytest.raises(LabUsageError) as refusal:
+        bringup.refuse_too_many(24, memory_gib=24, inotify_instances=128)
+    assert "24 hosts need about 216 inotify instances" in refusal.value.message
+    assert "sysctl -w fs.inotify.max_user_instances=432" in refusal.value.remedy
+    with pytest.raises(LabUsageError, match="28 GiB"):
+        bringup.refuse_too_many(40, memory_gib=24, inotify_instances=8192)
+
+
+def test_inotify_instances_are_those_of_this_machine() -> None:
+    assert machine.inotify_instances() > 0
 
 
 def test_subnet_is_the_same_for_a_name_and_avoids_what_is_taken() -> None:

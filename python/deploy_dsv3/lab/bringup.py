@@ -38,6 +38,8 @@ DEFAULT_HOSTS = 2
 DEFAULT_SUITE = "trixie"
 #: Measured: a host whose engine runs 8 ranks.
 _HOST_MEMORY_GIB = 0.7
+#: Counted in /proc: systemd takes 7, dockerd and containerd one each; all belong to root, whose number is limited.
+_HOST_INOTIFY_INSTANCES = 9
 #: Debian release to the vendor's name of the distribution.
 SUITES = {"trixie": "debian13", "bookworm": "debian12"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,20}")
@@ -138,17 +140,38 @@ def _check(wish: Wish) -> None:
         )
     if wish.hosts is not None and not 1 <= wish.hosts <= network.MAX_HOSTS:
         raise LabUsageError(f"{wish.hosts} hosts: a lab has 1 to {network.MAX_HOSTS}", remedy="Choose another number.")
-    fits = max(1, int(machine.memory_gib() / _HOST_MEMORY_GIB))
-    if wish.hosts is not None and wish.hosts > fits:
-        raise LabUsageError(
-            f"{wish.hosts} hosts with their engines need about {wish.hosts * _HOST_MEMORY_GIB:.0f} GiB of memory, "
-            f"this machine has {machine.memory_gib():.0f}",
-            remedy=f"Ask for {fits} or fewer.",
-        )
+    if wish.hosts is not None:
+        refuse_too_many(wish.hosts, memory_gib=machine.memory_gib(), inotify_instances=machine.inotify_instances())
     if wish.suite is not None and wish.suite not in SUITES:
         raise LabUsageError(f"no lab hosts of Debian {wish.suite}", remedy=f"Choose one of {', '.join(SUITES)}.")
     for profile in wish.profiles:
         load(profile)
+
+
+def refuse_too_many(hosts: int, *, memory_gib: float, inotify_instances: int) -> None:
+    """Nothing is begun that this machine cannot carry.
+
+    Args:
+        memory_gib: memory of the machine [GiB].
+        inotify_instances: how many of them its kernel lets a user have.
+
+    Raises:
+        LabUsageError: too little of either.
+    """
+    fits = max(1, int(memory_gib / _HOST_MEMORY_GIB))
+    if hosts > fits:
+        raise LabUsageError(
+            f"{hosts} hosts with their engines need about {hosts * _HOST_MEMORY_GIB:.0f} GiB of memory, "
+            f"this machine has {memory_gib:.0f}",
+            remedy=f"Ask for {fits} or fewer.",
+        )
+    watches = hosts * _HOST_INOTIFY_INSTANCES
+    if watches > inotify_instances:
+        raise LabUsageError(
+            f"{hosts} hosts need about {watches} inotify instances, this machine's kernel lets a user have "
+            f"{inotify_instances}: services of the last hosts would not start",
+            remedy=f"Raise the number: sysctl -w fs.inotify.max_user_instances={2 * watches}.",
+        )
 
 
 def _record(

@@ -136,3 +136,8 @@ def kernel_release() -> str:
 def memory_gib() -> float:
     """Memory of the machine [GiB]."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def inotify_instances() -> int:
+    """How many inotify instances a user may have (``fs.inotify.max_user_instances``)."""
+    return int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
