@@ -264,16 +264,21 @@ def carried(source: str, function: str, request: Mapping[str, Any]) -> str:
     user of the host can see a command.
     """
     whole = json.dumps({"source": source, "function": function, "request": request})
-    packed = base64.b64encode(zlib.compress(whole.encode(), 9)).decode()
     program = (
         "import base64,json,zlib;"
-        f'r=json.loads(zlib.decompress(base64.b64decode("{packed}")));'
+        f'r=json.loads(zlib.decompress(base64.b64decode("{_packed(whole)}")));'
         'n={"__name__":"carried"};exec(r["source"],n);print(json.dumps(n[r["function"]](r["request"])))'
     )
     return (
         'become=; [ "$(id -u)" = 0 ] || become="sudo -n"; '
         f"$become timeout -k 5 {TIMEOUT_S} python3 -IS -c {shlex.quote(program)}"
     )
+
+
+@cache
+def _packed(text: str) -> str:
+    # Most hosts of a fleet are asked the same.
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _look_with_testinfra(runner: Any, host: str, line: str) -> Observation:

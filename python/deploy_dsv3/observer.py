@@ -18,8 +18,6 @@ import subprocess
 import sys
 import time
 import types
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,22 +119,24 @@ def units() -> dict[str, dict[str, str]]:
 
 def commands() -> dict[str, dict[str, str]]:
     """The commands a node needs and whose they are: ``{"dockerd": {"path", "package"}}``; "" for none."""
-    found = {}
-    for name in COMMANDS:
-        path = shutil.which(name, path=SEARCH_PATH) or ""
-        package = ""
-        if path and shutil.which("dpkg-query"):
-            # A package may own the name before /bin and /usr/bin became one, or the target of a link.
-            for candidate in dict.fromkeys((path, os.path.realpath(path), path.replace("/usr/", "/", 1))):
-                owner = run(["dpkg-query", "--search", candidate])
-                if owner["rc"] == 0:
-                    package = owner["out"].split(":")[0]
-                    break
-        elif path and shutil.which("rpm"):
-            owner = run(["rpm", "-qf", "--queryformat", "%{NAME}", path])
-            package = owner["out"] if owner["rc"] == 0 else ""
-        found[name] = {"path": path, "package": package}
-    return found
+    paths = {name: shutil.which(name, path=SEARCH_PATH) or "" for name in COMMANDS}
+    owners = owners_of(path for path in paths.values() if path)
+    return {name: {"path": path, "package": owners.get(path, "")} for name, path in paths.items()}
+
+
+def owners_of(paths: Iterable[str]) -> dict[str, str]:
+    """The package that each of these files belongs to; those that belong to none are left out."""
+    if not shutil.which("dpkg-query"):
+        asked = {path: run(["rpm", "-qf", "--queryformat", "%{NAME}", path]) for path in paths}
+        return {path: answer["out"] for path, answer in asked.items() if answer["rc"] == 0}
+    # A package may own the name before /bin and /usr/bin became one, or the target of a link.
+    names = {path: [path, os.path.realpath(path), path.replace("/usr/", "/", 1)] for path in paths}
+    told = run(["dpkg-query", "--search", *sorted({name for known in names.values() for name in known})])["out"]
+    packages = {
+        name: package.split(":")[0] for package, _, name in (line.partition(": ") for line in told.splitlines())
+    }
+    found = {path: [packages[name] for name in known if name in packages] for path, known in names.items()}
+    return {path: owners[0] for path, owners in found.items() if owners}
 
 
 def files(folders: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -182,6 +182,10 @@ def health(serve: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """
     if not serve or "server" not in serve:
         return None
+    # Slow to import, and most hosts serve nothing.
+    import urllib.error
+    import urllib.request
+
     url = "http://{address}:{port}/health".format(**serve["server"])
     # Proxy variables of the host must not come between a host and itself.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

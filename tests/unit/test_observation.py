@@ -391,6 +391,16 @@ def test_a_kept_secret_is_no_leak(tmp_path: Path) -> None:
     assert observer.leaks(str(tmp_path), "no-such-container", None) == []
 
 
+@pytest.mark.skipif(not shutil.which("dpkg-query"), reason="asks Debian's package manager")
+def test_a_file_belongs_to_the_package_that_brought_it(tmp_path: Path) -> None:
+    """Also by the name that it had before /bin and /usr/bin became one, and by a link to it."""
+    link, nobodys = tmp_path / "link", tmp_path / "file"
+    link.symlink_to("/usr/bin/env")
+    nobodys.touch()
+    paths = ["/usr/bin/env", "/usr/bin/cat", str(link), str(nobodys)]
+    assert observer.owners_of(paths) == dict.fromkeys(paths[:3], "coreutils")
+
+
 def test_commands_that_run_together_have_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "COMMAND_TIMEOUT_S", 0.5)
     done = observer.run_together({"fast": ["echo", "hi"], "slow": ["sleep", "60"], "none": ["no-such-command"]})
