@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from deploy_dsv3.errors import InternalError
 
@@ -61,3 +64,16 @@ def example_inventory() -> Path:
 def testinfra() -> Path:
     """The directory of the verification suites."""
     return root() / "tests" / "testinfra"
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of the content says.
+
+    Raises:
+        InternalError: it cannot be read.
+    """
+    try:
+        # libyaml's: there are a hundred such files, and each run reads them.
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    except (OSError, yaml.YAMLError) as error:
+        raise InternalError(f"{path} cannot be read: {error}", remedy="Install deploy-dsv3 again.") from error

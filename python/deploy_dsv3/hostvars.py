@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-import yaml
 from ansible.module_utils.common.validation import (
     check_type_bool,
     check_type_dict,
@@ -46,7 +45,7 @@ def role_defaults() -> Mapping[str, Any]:
     """Return the default of every public setting by name. They are literal values, not templates."""
     defaults: dict[str, Any] = {}
     for path in sorted(content.roles().glob("*/defaults/main.yml")):
-        defaults.update(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) or {})
+        defaults.update(content.read_yaml(path) or {})
     return defaults
 
 

@@ -18,10 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deploy_dsv3 import content, setting_rules
-from deploy_dsv3.errors import ConfigError, ConfigErrors, InternalError
+from deploy_dsv3.errors import ConfigError, ConfigErrors
 from deploy_dsv3.inventory import COMMAND_LINE, Inventory, Variable, check_secret_file, vault_error
 from deploy_dsv3.topology import Deployment
 
@@ -186,10 +184,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InternalError(f"{path} cannot be read: {error}", remedy="Install deploy-dsv3 again.") from error
+    data = content.read_yaml(path)
     return data if isinstance(data, dict) else {}
 
 

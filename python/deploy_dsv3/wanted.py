@@ -12,13 +12,11 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from deploy_dsv3 import content, settings
 from deploy_dsv3.facts import HostFacts
@@ -190,9 +188,14 @@ def _files(role: str) -> Iterator[Path]:
 def _handed_in(role: str) -> Mapping[str, str]:
     """The variables that the playbooks hand to a role, as the text of their templates."""
     found: dict[str, str] = {}
-    for path in sorted(content.playbooks().glob("*.yml")):
-        for play in yaml.safe_load(path.read_text(encoding="utf-8")) or []:
-            for entry in play.get("roles") or []:
-                if isinstance(entry, dict) and entry.get("role") == role:
-                    found.update({name: str(text) for name, text in (entry.get("vars") or {}).items()})
+    for entry in _role_entries():
+        if entry["role"] == role:
+            found.update({name: str(text) for name, text in entry.get("vars", {}).items()})
     return found
+
+
+@cache
+def _role_entries() -> Sequence[Mapping[str, Any]]:
+    """Where the plays name a role: ``{"role": …, "vars": {name: template}, …}``."""
+    plays = [play for path in sorted(content.playbooks().glob("*.yml")) for play in content.read_yaml(path) or ()]
+    return [entry for play in plays for entry in play.get("roles", ()) if isinstance(entry, dict)]
