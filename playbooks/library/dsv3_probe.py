@@ -85,6 +85,8 @@ dsv3_facts:
 
 SCHEMA = 1
 NVIDIA_SMI_TIMEOUT_S = 20
+GPU_FIELDS = ("index", "name", "uuid", "memory.total", "driver_version")
+FABRIC_FIELDS = ("fabric.state", "fabric.status")
 DOCKER_TIMEOUT_S = 5
 REACH_TIMEOUT_S = 3
 REGISTRY_TIMEOUT_S = 5
@@ -522,41 +524,61 @@ def probe_pci(root):
     return {"pci_gpus": gpus, "pci_nvswitches": switches}
 
 
-def probe_nvidia_smi():
-    """Return the GPUs that nvidia-smi lists, and how calling it ended."""
+def probe_nvidia_smi(root):
+    """Return the GPUs that nvidia-smi lists, how calling it ended, and with NVSwitches the state of their fabric.
+
+    It is asked once: on a host with eight GPUs a call takes a second. A driver before R525 knows no fabric.
+    """
     path = shutil.which("nvidia-smi", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin") or ""
-    answer = {"gpus": [], "nvidia_smi": {"path": path, "rc": -1, "error": ""}}
+    switched = bool(probe_pci(root)["pci_nvswitches"])
+    answer = {
+        "gpus": [],
+        "nvidia_smi": {"path": path, "rc": -1, "error": ""},
+        "fabric": {"state": "", "status": ""} if switched else None,
+    }
     if not path:
         return answer
-    query = "index,name,uuid,memory.total,driver_version"
     try:
-        done = subprocess.run(
-            [path, "--query-gpu=" + query, "--format=csv,noheader,nounits"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=NVIDIA_SMI_TIMEOUT_S,
-        )
+        rc, output = query_gpus(path, GPU_FIELDS + FABRIC_FIELDS if switched else GPU_FIELDS)
+        if switched and rc != 0 and "not a valid field" in output:
+            rc, output = query_gpus(path, GPU_FIELDS)
     except subprocess.TimeoutExpired:
         answer["nvidia_smi"]["error"] = "no answer within %d s" % NVIDIA_SMI_TIMEOUT_S
         return answer
-    output = done.stdout.decode(errors="replace").strip()
-    answer["nvidia_smi"]["rc"] = done.returncode
-    if done.returncode != 0:
+    answer["nvidia_smi"]["rc"] = rc
+    if rc != 0:
         answer["nvidia_smi"]["error"] = output[-500:]
         return answer
-    for line in output.splitlines():
-        columns = [column.strip() for column in line.split(",")]
-        if len(columns) == 5:
-            answer["gpus"].append(
-                {
-                    "index": integer(columns[0]),
-                    "name": columns[1],
-                    "uuid": columns[2],
-                    "memory_total_mib": integer(columns[3]),
-                    "driver_version": columns[4],
-                }
-            )
+    rows = [[column.strip() for column in line.split(",")] for line in output.splitlines()]
+    answer["gpus"] = [
+        {
+            "index": integer(row[0]),
+            "name": row[1],
+            "uuid": row[2],
+            "memory_total_mib": integer(row[3]),
+            "driver_version": row[4],
+        }
+        for row in rows
+        if len(row) in (len(GPU_FIELDS), len(GPU_FIELDS + FABRIC_FIELDS))
+    ]
+    fabrics = [row[len(GPU_FIELDS) :] for row in rows if len(row) == len(GPU_FIELDS + FABRIC_FIELDS)]
+    if fabrics:
+        # That of the first GPU that is behind the others.
+        behind = [fabric for fabric in fabrics if fabric != ["Completed", "Success"]]
+        state, status = (behind or fabrics)[0]
+        answer["fabric"] = {"state": state, "status": status}
     return answer
+
+
+def query_gpus(path, fields):
+    """Return exit status and output of nvidia-smi, asked for these fields of every GPU."""
+    done = subprocess.run(
+        [path, "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=NVIDIA_SMI_TIMEOUT_S,
+    )
+    return done.returncode, done.stdout.decode(errors="replace").strip()
 
 
 def probe_driver(root, ask=None):
@@ -576,20 +598,6 @@ def probe_driver(root, ask=None):
         "installed_version": (ask or run)("modinfo", "--field", "version", "nvidia").strip(),
         "nouveau_loaded": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
     }
-
-
-def probe_fabric(root, ask=None):
-    """Return state and status of the NVSwitch fabric: those of the first GPU that is not done, None without NVSwitch.
-
-    `ask` as in `probe_units`.
-    """
-    if not probe_pci(root)["pci_nvswitches"]:
-        return None
-    rows = (ask or run)("nvidia-smi", "--query-gpu=fabric.state,fabric.status", "--format=csv,noheader").splitlines()
-    found = [[column.strip() for column in row.split(",")] for row in rows if row.count(",") == 1]
-    undone = [row for row in found if row != ["Completed", "Success"]]
-    state, status = (undone or found or [["", ""]])[0]
-    return {"state": state, "status": status}
 
 
 def probe_port(base, device, port):
@@ -1076,9 +1084,8 @@ def probe(arguments, root="/", ask=ip_json):
         ("network", lambda: {"network": probe_network(root, ask)}),
         ("listening", lambda: {"listening": probe_listening(root)}),
         ("pci", lambda: probe_pci(root)),
-        ("gpus", probe_nvidia_smi),
+        ("gpus", lambda: probe_nvidia_smi(root)),
         ("driver", lambda: {"driver": probe_driver(root)}),
-        ("fabric", lambda: {"fabric": probe_fabric(root)}),
         ("infiniband", lambda: {"infiniband": probe_infiniband(root)}),
         ("docker", lambda: {"docker": probe_docker(root)}),
         ("cdi", lambda: {"cdi": probe_cdi(root)}),

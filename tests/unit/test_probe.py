@@ -6,6 +6,7 @@ import ast
 import http.server
 import json
 import os
+import shlex
 import socket
 import socketserver
 import subprocess
@@ -309,7 +310,7 @@ def smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     command.write_text(f"#!/bin/sh\n{script}\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return probe.probe_nvidia_smi()
+    return probe.probe_nvidia_smi(str(folder))
 
 
 def test_gpus_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,20 +383,57 @@ def test_the_loaded_driver(tmp_path: Path, files: dict[str, str], version: str, 
     assert asked == [("modinfo", "--field", "version", "nvidia")]
 
 
+GPU = "NVIDIA H800, GPU-5a10c001-0000-4c1e-9d2f-00000000010{0}, 81559, 580.82.07"
+NVSWITCH = {
+    f"sys/bus/pci/devices/0000:d0:00.0/{name}": value
+    for name, value in {"vendor": "0x10de\n", "class": "0x068000\n", "device": "0x22a3\n"}.items()
+}
+
+
 @pytest.mark.parametrize(
-    ("answer", "state", "status"),
+    ("fabrics", "state", "status"),
     [
-        ("Completed, Success\nCompleted, Success\n", "Completed", "Success"),
-        ("Completed, Success\nIn Progress, N/A\n", "In Progress", "N/A"),
-        ("Completed, Insufficient Resources\n", "Completed", "Insufficient Resources"),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", "", ""),
+        (("Completed, Success", "Completed, Success"), "Completed", "Success"),
+        (("Completed, Success", "In Progress, N/A"), "In Progress", "N/A"),
+        (("Completed, Insufficient Resources",), "Completed", "Insufficient Resources"),
     ],
 )
-def test_the_fabric_is_that_of_the_gpu_that_is_behind(tmp_path: Path, answer: str, state: str, status: str) -> None:
-    assert probe.probe_fabric(str(tmp_path), lambda *_: answer) is None, "no NVSwitch, no fabric"
-    switch = "sys/bus/pci/devices/0000:d0:00.0/"
-    write(tmp_path, {f"{switch}vendor": "0x10de\n", f"{switch}class": "0x068000\n", f"{switch}device": "0x22a3\n"})
-    assert probe.probe_fabric(str(tmp_path), lambda *_: answer) == {"state": state, "status": status}
+def test_the_fabric_is_that_of_the_gpu_that_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fabrics: tuple[str, ...], state: str, status: str
+) -> None:
+    write(tmp_path, NVSWITCH)
+    lines = [f"{index}, {GPU.format(index)}, {fabric}" for index, fabric in enumerate(fabrics)]
+    asked = tmp_path / "asked"
+    found = smi(tmp_path, f'echo "$1" >>{asked}\nprintf "%s\\n" {shlex.join(lines)}', monkeypatch)
+    assert found["fabric"] == {"state": state, "status": status}
+    assert [gpu["index"] for gpu in found["gpus"]] == list(range(len(fabrics)))
+    assert asked.read_text().splitlines() == [
+        "--query-gpu=index,name,uuid,memory.total,driver_version,fabric.state,fabric.status"
+    ]
+
+
+def test_without_nvswitch_there_is_no_fabric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert smi(tmp_path, f"echo '0, {GPU.format(0)}'", monkeypatch)["fabric"] is None
+
+
+def test_a_driver_that_knows_no_fabric_is_asked_for_the_gpus_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, NVSWITCH)
+    script = f"""case $1 in
+  *fabric*) echo 'Field "fabric.state" is not a valid field to query.'; exit 2 ;;
+  *) echo '0, {GPU.format(0)}' ;;
+esac"""
+    found = smi(tmp_path, script, monkeypatch)
+    assert len(found["gpus"]) == 1 and found["nvidia_smi"]["rc"] == 0
+    assert found["fabric"] == {"state": "", "status": ""}
+
+
+def test_the_fabric_of_a_host_without_driver_is_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, NVSWITCH)
+    found = smi(tmp_path, "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9", monkeypatch)
+    assert found["gpus"] == [] and found["nvidia_smi"]["rc"] == 9
+    assert found["fabric"] == {"state": "", "status": ""}
 
 
 def test_hca_ports(tmp_path: Path) -> None:
