@@ -101,7 +101,8 @@ def main() -> int:
         measure = Measure(folder=Path(folder), runs=options.runs, console=console)
         with _lab(console) as paths:
             pyinfra = _install_pyinfra(paths.cache / "pyinfra", console)
-            for count in sorted(options.hosts):
+            # The most first: the smaller fleets are what is left of it, prepared already.
+            for count in sorted(options.hosts, reverse=True):
                 rows += without_engine(measure, _up(count, options.gpus, console), pyinfra)
             for count in sorted(options.engines, reverse=True):
                 rows += with_engine(measure, _up(count, options.gpus, console))
