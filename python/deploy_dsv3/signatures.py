@@ -157,11 +157,13 @@ SIGNATURES: tuple[Signature, ...] = (
             "cuda is not available.",
             "nvidia-container-cli: initialization error",
             "nvidia-container-cli: detection error",
+            "sees … of the host's … GPUs",
         ),
-        cause="The container gets no GPU: Docker does not know the device that it is asked for.",
-        remedy="Check that a CDI specification exists (nvidia_container_toolkit_cdi_spec_path) and that "
-        "Docker "
-        "has the cdi feature on; Docker must be restarted after the toolkit was installed.",
+        cause="The container does not get the host's GPUs: Docker does not know them, or the CDI specification is "
+        "older than the driver or the GPUs.",
+        remedy="Have the CDI specifications written anew: nvidia-cdi-refresh.service writes that in /var/run/cdi, "
+        "which counts first, --tags host that in /etc/cdi (nvidia_container_toolkit_cdi_spec_path). Docker needs its "
+        "cdi feature on, and a restart after the toolkit was installed.",
     ),
     Signature(
         id="fp8-unsupported",
