@@ -253,6 +253,7 @@ def test_upgrades_of_the_system_leave_the_driver_alone(prepared: Run, servers: S
     for host in servers.lab:
         held = set(said(host, "apt-mark", "showhold").splitlines())
         assert {"nvidia-driver-cuda", "nvidia-kernel-open-dkms", "libcuda1", "nvidia-persistenced"} <= held, host.name
+        assert {"nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container1"} <= held, host.name
         assert ("nvidia-fabricmanager" in held) is (host.name in NVSWITCH), host.name
         upgrade = said(host, "apt-get", "--simulate", "dist-upgrade")
         assert "Inst nvidia-driver-cuda" not in upgrade, host.name
