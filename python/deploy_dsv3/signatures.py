@@ -331,9 +331,8 @@ SIGNATURES: tuple[Signature, ...] = (
             "x509: certificate signed by unknown authority",
         ),
         cause="The registry cannot be reached, or its certificate is not trusted.",
-        remedy="Set docker_engine_registry_mirrors or docker_engine_insecure_registries, or put the site's "
-        "CA "
-        "below /etc/docker/certs.d.",
+        remedy="Set docker_engine_registry_mirrors, docker_engine_proxy_url where a proxy is in between, "
+        "docker_engine_registry_ca_paths for a private CA, or docker_engine_insecure_registries for none.",
     ),
     # Ray
     Signature(
