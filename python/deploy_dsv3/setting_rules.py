@@ -62,6 +62,7 @@ _DAEMON_OPTIONS = {
     "live-restore": "docker_engine_live_restore",
     "proxies": "docker_engine_proxy_url",
 }
+_REGISTRY = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9a-fA-F:]+\](:[0-9]+)?")
 _WORKER_PORTS = ("ray_cluster_min_worker_port", "ray_cluster_max_worker_port")
 
 
@@ -315,6 +316,15 @@ def _data_path(value: Any) -> str:
     return "is a directory of the system itself" if str(value).rstrip("/") in _SYSTEM_PATHS else ""
 
 
+def _registry_paths(value: Any) -> str:
+    for registry, path in value.items():
+        if not _REGISTRY.fullmatch(str(registry)):
+            return f"has {registry!r}, which is no registry"
+        if wrong := _path(path):
+            return f"has a path for {registry} that {wrong}"
+    return ""
+
+
 def _local_file(value: Any) -> str:
     return "" if Path(str(value)).is_file() else "does not exist on this machine"
 
@@ -463,6 +473,11 @@ RULES: tuple[Rule, ...] = (
     ),
     _check(r".*_url", _url, "http://HOST/... or https://HOST/...", "Passwords belong into settings of their own."),
     _check(r"docker_engine_registry_mirrors", _url, "http://HOST or https://HOST", each=True),
+    _check(
+        r"docker_engine_registry_ca_paths",
+        _registry_paths,
+        "HOST or HOST:PORT, without https://, and an absolute path on the hosts",
+    ),
     _pattern(
         r"docker_engine_insecure_registries",
         r"[A-Za-z0-9.\[\]:-]+(:[0-9]+)?(/[0-9]+)?",

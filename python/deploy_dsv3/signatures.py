@@ -157,11 +157,13 @@ SIGNATURES: tuple[Signature, ...] = (
             "cuda is not available.",
             "nvidia-container-cli: initialization error",
             "nvidia-container-cli: detection error",
+            "sees … of the host's … GPUs",
         ),
-        cause="The container gets no GPU: Docker does not know the device that it is asked for.",
-        remedy="Check that a CDI specification exists (nvidia_container_toolkit_cdi_spec_path) and that "
-        "Docker "
-        "has the cdi feature on; Docker must be restarted after the toolkit was installed.",
+        cause="The container does not get the host's GPUs: Docker does not know them, or the CDI specification is "
+        "older than the driver or the GPUs.",
+        remedy="Have the CDI specifications written anew: nvidia-cdi-refresh.service writes that in /var/run/cdi, "
+        "which counts first, --tags host that in /etc/cdi (nvidia_container_toolkit_cdi_spec_path). Docker needs its "
+        "cdi feature on, and a restart after the toolkit was installed.",
     ),
     Signature(
         id="fp8-unsupported",
@@ -329,9 +331,8 @@ SIGNATURES: tuple[Signature, ...] = (
             "x509: certificate signed by unknown authority",
         ),
         cause="The registry cannot be reached, or its certificate is not trusted.",
-        remedy="Set docker_engine_registry_mirrors or docker_engine_insecure_registries, or put the site's "
-        "CA "
-        "below /etc/docker/certs.d.",
+        remedy="Set docker_engine_registry_mirrors, docker_engine_proxy_url where a proxy is in between, "
+        "docker_engine_registry_ca_paths for a private CA, or docker_engine_insecure_registries for none.",
     ),
     # Ray
     Signature(

@@ -16,6 +16,7 @@ KEPT = (
     "files: /etc/apt/sources.list.d/deploy-dsv3-",
     "files: /etc/modprobe.d/deploy-dsv3-",
     "files: /etc/modules-load.d/deploy-dsv3-",
+    "files: /etc/systemd/system/nvidia-persistenced.service.d/deploy-dsv3.",
 )
 #: What the installation of any package writes anew.
 BOOKKEEPING = (

@@ -80,6 +80,26 @@ PAIR = """\
 [dsv3_workers]
 {3.name} ansible_host={3.address}
 """
+#: Two servers that have to be rebooted, and nothing else in common.
+AT_ONCE = """\
+[new_head]
+{0.name} ansible_host={0.address}
+[new:children]
+new_head
+
+[other_head]
+{1.name} ansible_host={1.address} nvidia_driver_branch="'570'"
+[other:children]
+other_head
+
+[dsv3:children]
+new
+other
+
+[dsv3:vars]
+nvidia_driver_reboot_batch=0
+docker_engine_hold_packages=True
+"""
 OFED, OLD, MISMATCH, NOUVEAU, PCIE = "gpu-02", "gpu-03", "gpu-04", "gpu-05", "gpu-06"
 NVSWITCH = ("gpu-01", OFED, OLD, MISMATCH, NOUVEAU)
 WANTED = "580.105.08"
@@ -208,17 +228,22 @@ def test_only_those_that_have_to_are_rebooted(prepared: Run, servers: Servers) -
     assert {host for host, code in told if code == "driver-reboot"} == {OLD, NOUVEAU}
 
 
-def test_one_is_back_before_the_next_goes(prepared: Run) -> None:
-    log = Path(prepared.document["log"]) / "events.jsonl"
+def _reboots(log: Path) -> dict[str, tuple[str, str]]:
+    """Host to when its reboot began and ended, from the log of a run."""
     spans: dict[str, list[str]] = {}
-    for line in log.read_text().splitlines():
+    for line in (log / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
         data = event.get("event_data", {})
         if data.get("task", "").endswith("Reboot") and event["event"] in ("runner_on_start", "runner_on_ok"):
             spans.setdefault(data["host"], []).append(event["created"])
-    (first, second) = sorted(spans.values())
-    assert set(spans) == {OLD, NOUVEAU}
-    assert first[-1] <= second[0], "the second host went before the first was back"
+    return {host: (times[0], times[-1]) for host, times in spans.items()}
+
+
+def test_one_is_back_before_the_next_goes(prepared: Run) -> None:
+    reboots = _reboots(Path(prepared.document["log"]))
+    assert set(reboots) == {OLD, NOUVEAU}
+    (first, second) = sorted(reboots.values())
+    assert first[1] <= second[0], "the second host went before the first was back"
 
 
 def test_every_host_has_the_driver_that_was_asked_for(prepared: Run, servers: Servers) -> None:
@@ -227,6 +252,9 @@ def test_every_host_has_the_driver_that_was_asked_for(prepared: Run, servers: Se
         assert query == [WANTED] * 8, host.name
         assert "Open Kernel Module" in said(host, "cat", "/proc/driver/nvidia/version"), host.name
         assert said(host, "systemctl", "is-active", "nvidia-persistenced") == "active", host.name
+        # The package starts the daemon in a mode in which it keeps nothing.
+        modes = said(host, "nvidia-smi", "--query-gpu=persistence_mode", "--format=csv,noheader").splitlines()
+        assert modes == ["Enabled"] * 8, host.name
         assert WANTED in said(host, "dkms", "status"), host.name
 
 
@@ -253,6 +281,7 @@ def test_upgrades_of_the_system_leave_the_driver_alone(prepared: Run, servers: S
     for host in servers.lab:
         held = set(said(host, "apt-mark", "showhold").splitlines())
         assert {"nvidia-driver-cuda", "nvidia-kernel-open-dkms", "libcuda1", "nvidia-persistenced"} <= held, host.name
+        assert {"nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container1"} <= held, host.name
         assert ("nvidia-fabricmanager" in held) is (host.name in NVSWITCH), host.name
         upgrade = said(host, "apt-get", "--simulate", "dist-upgrade")
         assert "Inst nvidia-driver-cuda" not in upgrade, host.name
@@ -358,6 +387,7 @@ def test_absent_undoes_what_the_roles_did(prepared: Run, product: Product, serve
         ours = {name for name in left if "dsv3" in name and "/var/lib/deploy-dsv3" not in name}
         # An initramfs is made anew with the next kernel.
         assert {name for name in ours if not name.startswith("files: /var/lib/dsv3-initramfs")} == set(), host.name
+        assert not [name for name in left if "nvidia-persistenced.service.d" in name], host.name
         installed = {name for name, (_, now) in left.items() if name.startswith("packages: ") and "installed" in now}
         assert not {name for name in installed if "nvidia" in name or "docker" in name}, host.name
         assert said(host, "apt-mark", "showhold") == "", host.name
@@ -367,11 +397,14 @@ def test_absent_undoes_what_the_roles_did(prepared: Run, product: Product, serve
 
 
 def test_the_runbook(product: Product, servers: Servers, tmp_path: Path) -> None:
-    """Every command of "Preparing a new GPU server", in its order, on a server on which nouveau holds the GPUs."""
-    host = servers.lab[NOUVEAU]
-    servers.lab.reset(host)
+    """Every command of "Preparing a new GPU server", in its order, on a server on which nouveau holds the GPUs.
+
+    And, at once with it, on one whose loaded driver is of another branch.
+    """
+    new, other = servers.lab[NOUVEAU], servers.lab[MISMATCH]
+    servers.lab.reset(new)
     (tmp_path / "group_vars").mkdir()
-    (tmp_path / "hosts.ini").write_text(f"[dsv3_head]\n{host.name} ansible_host={host.address}\n")
+    (tmp_path / "hosts.ini").write_text(AT_ONCE.format(new, other))
     (tmp_path / "group_vars" / "all.yml").write_text((servers.lab.inventory / "group_vars" / "all.yml").read_text())
     commands = re.findall(r"<!-- exit status (\d+) -->\n```console\n(.+)\n```", RUNBOOK.read_text())
     assert len(commands) == RUNBOOK.read_text().count("```console")
@@ -379,3 +412,10 @@ def test_the_runbook(product: Product, servers: Servers, tmp_path: Path) -> None
         program, *words = shlex.split(line)
         assert program == "deploy-dsv3"
         product(*(str(tmp_path) if word == "prod.ini" else word for word in words), expect=int(status))
+        if "nvidia_driver_allow_reboot=true" in words:
+            reboots = _reboots(max((product.state / "runs").iterdir()))
+            assert all("docker.io" in said(host, "apt-mark", "showhold").split() for host in (new, other))
+    assert set(reboots) == {NOUVEAU, MISMATCH}
+    (first, second) = sorted(reboots.values())
+    assert second[0] < first[1], "the second host waited until the first was back"
+    assert [said(host, "apt-mark", "showhold") for host in (new, other)] == ["", ""]

@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 import sight
+import yaml
 from product import Product, Run
 
 from deploy_dsv3.lab.fleet import Lab
+from deploy_dsv3.lab.hosts import Host
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ["preflight", "host", "image", "weights", "container", "ray", "engine", "first-token", "verify"]
@@ -96,6 +98,26 @@ def test_the_same_image_by_digest_on_both(lab: Lab) -> None:
     assert len({one["Image"] for one in found}) == 1
     assert len({one["Config"]["Image"] for one in found}) == 1
     assert "@sha256:" in found[0]["Config"]["Image"]
+
+
+def test_the_engine_may_lock_the_memory_that_was_asked_for(deployed: Run, lab: Lab) -> None:
+    """Of its first process, and of one that is started later; what the host's own processes may is something else."""
+    site = yaml.safe_load((lab.inventory / "group_vars" / "all.yml").read_text())
+    asked = [limit for limit in site.get("engine_ulimits", ["memlock:-1:-1"]) if limit.startswith("memlock:")]
+    wanted = ["unlimited" if limit == "-1" else limit for limit in asked[0].split(":")[1:]]
+    inside = ("docker", "exec", sight.CONTAINER, "cat")
+    for host in lab:
+        assert _memlock(host, *inside, "/proc/1/limits") == _memlock(host, *inside, "/proc/self/limits") == wanted
+        assert wanted == ["unlimited", "unlimited"] or _memlock(host, "cat", "/proc/self/limits") != wanted
+    title = "Programs in the container may pin as much memory as RDMA needs"
+    checks = [check for check in deployed.document["verification"]["checks"] if check["check"] == title]
+    assert [(check["host"], check["outcome"]) for check in checks] == [("gpu-01", "passed"), ("gpu-02", "passed")]
+
+
+def _memlock(host: Host, *command: str) -> list[str]:
+    """Soft and hard limit in bytes."""
+    (line,) = [line for line in host.run(command).stdout.splitlines() if line.startswith("Max locked memory")]
+    return line.removeprefix("Max locked memory").split()[:2]
 
 
 def test_another_run_changes_nothing(again: tuple[Run, list[tuple[str, str]]], lab: Lab) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sight
+import yaml
 from product import Product, Run
 
 from deploy_dsv3.lab.fleet import Lab
@@ -55,6 +56,43 @@ def test_status_and_verify_tell_it_as_well(failed: Run, product: Product, lab: L
 def test_the_next_run_puts_it_right(failed: Run, product: Product, lab: Lab, endpoint: str) -> None:
     product("--inventory", lab.inventory, what="run after one that failed")
     assert sight.serves(endpoint)
+
+
+#: Written at boot and when driver or toolkit change; it counts before the one that the role keeps in /etc/cdi.
+CDI_SPEC = "/var/run/cdi/nvidia.yaml"
+
+
+def test_gpus_that_no_container_gets_are_told_and_the_engine_is_left_alone(
+    product: Product, lab: Lab, endpoint: str
+) -> None:
+    """On one host the specification knows nothing of a GPU, on the other it names a device that is gone."""
+    one, other = lab.hosts
+    before = [sight.started_at(host) for host in lab]
+    try:
+        spec = yaml.safe_load(one.run(["cat", CDI_SPEC]).stdout)
+        lost = {"path": "/dev/nvidia7"}
+        spec["devices"] = [device for device in spec["devices"] if device["containerEdits"]["deviceNodes"] != [lost]]
+        spec["devices"][-1]["containerEdits"]["deviceNodes"].remove(lost)
+        one.run(["tee", CDI_SPEC], stdin=json.dumps(spec).encode())
+        other.run(["sed", "--in-place", "s:/dev/nvidia7:/dev/nvidia9:", CDI_SPEC])
+        run = product(
+            "--inventory", lab.inventory, "--tags", "container", "--json", expect=4, what="a GPU is not given"
+        )
+    finally:
+        for host in lab:
+            host.run(["systemctl", "restart", "nvidia-cdi-refresh.service"])
+    told = {failure["host"]: failure for failure in run.document["failures"]}
+    assert {failure["stage"] for failure in told.values()} == {"container"}
+    assert {failure["page"] for failure in told.values()} == {"docs/runbooks/troubleshooting.md#no-gpu-in-container"}
+    uuid = one.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader", "--id=7"]).stdout.strip()
+    assert "sees 7 of the host's 8 GPUs" in told[one.name]["message"] and uuid in told[one.name]["message"]
+    assert (
+        "sees 0 of the host's 8 GPUs" in told[other.name]["message"] and "/dev/nvidia9" in told[other.name]["message"]
+    )
+    assert all("nvidia-cdi-refresh.service" in failure["remedy"] for failure in told.values())
+    assert [sight.started_at(host) for host in lab] == before and sight.serves(endpoint)
+    for host in lab:
+        assert "deploy-dsv3-look" not in host.run(["docker", "ps", "--all", "--format", "{{.Names}}"]).stdout
 
 
 def test_sigterm_while_it_verifies_gives_the_lock_back(product: Product, lab: Lab, tmp_path: Path) -> None:

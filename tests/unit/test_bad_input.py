@@ -350,6 +350,8 @@ RANGES = [
     setting("nvidia_driver_repository_url", "ftp://192.0.2.1/x", "no http or https URL"),
     setting("docker_engine_registry_mirrors", ["https://u:p@192.0.2.1"], "holds a user or password"),
     setting("docker_engine_insecure_registries", ["http://192.0.2.1"], "without http://"),
+    setting("docker_engine_registry_ca_paths", {"https://192.0.2.1": "/etc/ca.pem"}, "no registry"),
+    setting("docker_engine_registry_ca_paths", {"192.0.2.1:5000": "ca.pem"}, "is not absolute"),
     setting("endpoint_metrics_allow", ["192.0.2.0/33"], "no network in CIDR form"),
     setting("endpoint_metrics_allow", ["192.0.2.7/24"], "beyond its prefix"),
     setting("endpoint_address", "192.0.2", "no IP address"),

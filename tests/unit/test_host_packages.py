@@ -219,3 +219,15 @@ def test_container_toolkit(system: str) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_rdma(system: str) -> None:
     assert "rdma-core" in variable("rdma", "__rdma_package_set", system)
+
+
+def test_the_persistence_daemon_is_started_as_its_package_does_but_for_the_mode() -> None:
+    told = (
+        "ExecStart={ path=/usr/bin/nvidia-persistenced ; argv[]=/usr/bin/nvidia-persistenced "
+        "--user nvidia-persistenced --no-persistence-mode --verbose ; ignore_errors=no ; start_time=[n/a] ; pid=0 }\n"
+        "FragmentPath=/usr/lib/systemd/system/nvidia-persistenced.service"
+    )
+    found = variable(
+        "nvidia_driver", "__nvidia_driver_persistenced", "ubuntu2404", __nvidia_driver_unit={"stdout": told}
+    )
+    assert found == "/usr/bin/nvidia-persistenced --user nvidia-persistenced --verbose"

@@ -71,6 +71,11 @@ LINES = [
         "Error response from daemon: CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=all",
     ),
     (
+        "no-gpu-in-container",
+        "roles/engine/tasks/preflight.yml",
+        "gpu-02: a container of openmmlab/lmdeploy:latest-cu12 sees 7 of the host's 8 GPUs",
+    ),
+    (
         "fp8-unsupported",
         "lmdeploy/pytorch/check_env/cuda.py",
         "\x1b[31mmodel_format=fp8 requires sm>=9.0.\x1b[0m",

@@ -4,7 +4,7 @@
   registry can be reached and no mirror is known); the slow one. The stand-in engine's image is built on
   it too.
 * ``host``: `debian` with a user, sshd's settings and the simulated kernel: what a bare server looks like.
-* ``services``: `debian` with a registry and the tools of a package repository.
+* ``services``: `debian` with a registry, a forward proxy and the tools of a package repository.
 
 Every image's tag carries a fingerprint of what went into it, so a changed input makes a new one.
 """
@@ -26,7 +26,7 @@ _SERVER_PACKAGES = (
     *("ca-certificates", "dbus", "iproute2", "iputils-ping", "kmod", "openssh-server"),
     *("procps", "python3", "sudo", "systemd", "systemd-sysv"),
 )
-_SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent")
+_SERVICES_PACKAGES = ("apt-utils", "docker-registry", "gpg", "gpg-agent", "tinyproxy")
 
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 

@@ -59,8 +59,9 @@ preflight_require_capacity: false
 
 _LIMITS = """\
 
-# This machine may not raise limits (no CAP_SYS_RESOURCE), so memlock is left as it is, and the proxy opens fewer files.
-engine_ulimits: ["stack:67108864:67108864"]
+# This machine may not raise limits (no CAP_SYS_RESOURCE): memlock is lowered, to a value that nothing else gives, and
+# the proxy opens fewer files.
+engine_ulimits: ["memlock:49152:49152", "stack:67108864:67108864"]
 endpoint_max_connections: 4096
 """
 
