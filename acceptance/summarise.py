@@ -133,13 +133,14 @@ def cache(log: Iterable[str], host: Mapping[str, Any], argv: Sequence[str]) -> d
     if not reported or not size or gpu is None or len(argv) < 4:
         return {}
     given = dict(pairwise(argv))
+    layout = capacity.Layout(tp=int(given.get("--tp", "1")))
     predicted = capacity.estimate(
         capacity.load_model(argv[3]),
         capacity.Serving(
-            gpus=1,
+            gpus=layout.gpus,
             gpu_memory_mib=gpu["memory_mib"],
             gpu_name=gpu["name"],
-            layout=capacity.Layout(),
+            layout=layout,
             flash_mla=size.group(1) == "64",
             cache_max_entry_count=float(given.get("--cache-max-entry-count", "0.8")),
             max_batch_size=int(given.get("--max-batch-size", "0")),
