@@ -32,6 +32,8 @@ from deploy_dsv3.benchmark.plan import Plan, Row
 from deploy_dsv3.benchmark.workload import make_workload
 
 INPUT_LEN, OUTPUT_LEN = 128, 256
+# Lengths from half of that on: where all end at once, how the next ones arrive decides how many share a prefill.
+RANGE_RATIO = 0.5
 STREAMS = 64
 LEAST_PROMPTS = 128
 
@@ -39,10 +41,9 @@ LEAST_PROMPTS = 128
 async def measure(endpoint: Endpoint, prompts: int, seed: int) -> dict[str, Any]:
     """Send a row to one server; its figures."""
     row = Row(num_prompts=prompts, input_len=INPUT_LEN, output_len=OUTPUT_LEN, concurrency=STREAMS)
-    workload = make_workload(Plan(profile="custom", rows=(row,), seed=seed, range_ratio=1.0), row, None, None)
+    workload = make_workload(Plan(profile="custom", rows=(row,), seed=seed, range_ratio=RANGE_RATIO), row, None, None)
     async with Client(endpoint) as client:
         model = await client.find_model()
-        await client.warm_up(model, workload.requests[0])
         gc.collect()  # what the last row left is not this one's to clear away
         busy = time.process_time()
         run = await client.run(model, workload, concurrency=row.concurrency)
@@ -86,6 +87,7 @@ def summarise(rounds: Sequence[Mapping[str, Any]], names: Sequence[str], prompts
         "prompts": prompts,
         "input_len": INPUT_LEN,
         "output_len": OUTPUT_LEN,
+        "range_ratio": RANGE_RATIO,
         "streams": STREAMS,
         "names": list(names),
         "rounds": list(rounds),
@@ -112,9 +114,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The table for people."""
     medians, ratios = summary["median_output_tokens_per_s"], summary["ratios"]
     lines = [
-        f"Throughput, {summary['prompts']} requests of {summary['input_len']} tokens in and {summary['output_len']} out"
-        f", {summary['streams']} in flight (output tokens/s); the load generator used at most"
-        f" {summary['client_busy']:.0%} of a core:",
+        f"Throughput, {summary['prompts']} requests of up to {summary['input_len']} tokens in and"
+        f" {summary['output_len']} out, {summary['streams']} in flight (output tokens/s); the load generator used at"
+        f" most {summary['client_busy']:.0%} of a core:",
         "",
         f"| start | round | first | {' | '.join([*medians, *ratios])} |",
         f"| --- | --- | --- |{' ---: |' * (len(medians) + len(ratios))}",
@@ -143,6 +145,8 @@ async def compare(options: argparse.Namespace) -> int:
         return 2
     start = rounds[-1]["start"] + 1 if rounds else 1
     # Not counted: all get warm, and the row's length is found out.
+    for endpoint in servers.values():
+        await measure(endpoint, LEAST_PROMPTS, seed=0)
     tries = {name: await measure(endpoint, LEAST_PROMPTS, seed=1) for name, endpoint in servers.items()}
     fastest = max(one["completed"] / one["duration_s"] for one in tries.values())
     prompts = known.get("prompts") or max(LEAST_PROMPTS, round(fastest * options.seconds / STREAMS) * STREAMS)
@@ -157,7 +161,7 @@ async def compare(options: argparse.Namespace) -> int:
         order = names[turn:] + names[:turn]
         each: dict[str, Any] = {"start": start, "first": order[0]}
         for name in order:
-            each[name] = await measure(servers[name], prompts, seed=number + 2)
+            each[name] = await measure(servers[name], prompts, seed=len(rounds) + 2)
             failed += each[name]["failed"]
             print(f"start {start} round {number + 1} {name}: {each[name]}", flush=True)
         rounds.append(each)
@@ -186,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("servers", nargs="+", type=read_server, metavar="NAME=URL[,KEY]")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--until", type=float, default=600.0)
     options = parser.parse_args(arguments)
     if len(dict(options.servers)) < max(2, len(options.servers)):
