@@ -163,7 +163,8 @@ def test_an_address_is_printed_that_others_could_reach() -> None:
 ENGINE_LOG = """\
 2026-11-24T06:44:20.100200300Z 2026-11-24T06:44:20Z ray| started
 2026-11-24T06:44:21.500000000Z 2026-11-24T06:44:21Z launcher| loading: api_server starts
-2026-11-24 06:44:40,000 - lmdeploy - INFO - async_engine.py:133 - input backend=pytorch, backend_config=x
+2026-11-24 06:44:40,000 - lmdeploy - INFO - async_engine.py:1 - input backend=pytorch, backend_config=X(block_size=64, \
+num_gpu_blocks=0)
 2026-11-24 06:45:10,500 - lmdeploy - INFO - ray_executor.py:277 - Init ray cluster.
 2026-11-24 06:45:11,000 - lmdeploy - INFO - ray_executor.py:308 - Init ray workers.
 2026-11-24 06:45:31,000 - lmdeploy - INFO - base.py:430 - Building Model.
