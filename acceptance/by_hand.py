@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 FILES = Path("/etc/deploy-dsv3/engine")
+#: Ports that one server takes, from the one it serves on: two by hand must be so far apart.
+PORTS = 500
 #: What belongs to the deployed Ray cluster, and the one rendezvous of a host.
 NOT_SHARED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "LMDEPLOY_DIST_MASTER_PORT")
 
@@ -34,7 +36,7 @@ def run_argv(
         node: the launcher's node.json.
         serve: the serving command of its serve.json.
         name: what the new container is called.
-        port: where it serves; its Ray takes the two after that, and worker ports from 20000.
+        port: where it serves; Ray and its workers take the PORTS - 1 after that.
         key: API key; "" for none.
     """
     host = deployed["HostConfig"]
@@ -69,7 +71,8 @@ def _script(address: str, ray: Mapping[str, Any], serve: Sequence[str], *, port:
     start = [
         *("ray", "start", "--head", f"--node-ip-address={address}", f"--port={port + 1}"),
         *(f"--num-gpus={ray['num_gpus']}", "--include-dashboard=false", "--disable-usage-stats"),
-        *("--min-worker-port=20000", "--max-worker-port=20999", "--dashboard-agent-listen-port=21000"),
+        *(f"--dashboard-agent-listen-port={port + 3}", f"--min-worker-port={port + 5}"),
+        f"--max-worker-port={port + PORTS - 1}",
     ]
     if ray["object_store_memory_bytes"]:
         start.append(f"--object-store-memory={ray['object_store_memory_bytes']}")
@@ -78,7 +81,7 @@ def _script(address: str, ray: Mapping[str, Any], serve: Sequence[str], *, port:
     if key:
         argv += ["--api-keys", key]
     # A Ray without its client refuses the option, one with it would take the deployed one's port.
-    client = 'if python3 -c "import grpc" 2>/dev/null; then client=--ray-client-server-port=21001; fi'
+    client = f'if python3 -c "import grpc" 2>/dev/null; then client=--ray-client-server-port={port + 4}; fi'
     return f"{client}\n{shlex.join(start)} ${{client:-}} && exec {shlex.join(argv)}\n"
 
 

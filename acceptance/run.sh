@@ -19,12 +19,13 @@ model=/data/models/dsv3-small
 container=lmdeploy
 by_hand=lmdeploy-by-hand
 by_hand_port=23533
+another_by_hand_port=24033
 # In this order; those before `deploy` are done once.
 prepare=(host docker gpus model engine control image settings)
-prove=(deploy again answer restart by_hand record throughput recreate benchmark status)
+prove=(deploy again answer restart by_hand record recreate benchmark status throughput)
 # The longest that each may take [s]; one that would be cut off by the deadline is left out, and said so.
-declare -A longest=([deploy]=300 [again]=60 [answer]=15 [restart]=140 [by_hand]=110 [record]=30 [throughput]=85
-  [recreate]=140 [benchmark]=60 [status]=15)
+declare -A longest=([deploy]=300 [again]=60 [answer]=15 [restart]=140 [by_hand]=110 [record]=30 [recreate]=140
+  [benchmark]=60 [status]=15 [throughput]=150)
 
 bundle=$repository/.bundle
 output=${OUT:-$repository/acceptance-results}
@@ -252,9 +253,37 @@ phase_record() {
     --lmdeploy "$version" --source "$source"
 }
 
+# One deployed server and two by hand, whose difference is what no difference looks like: without API keys, of one age,
+# with the same requests behind them, and all started anew while there is time, for every start makes its own server.
 phase_throughput() {
-  control python3 "$here/throughput.py" "$details" "deployed=http://$(endpoint):23333" \
-    "by hand=http://$(endpoint):$by_hand_port,sk-sample" --until 70
+  local address start=0 from last=0
+  address=$(endpoint)
+  while ((SECONDS + last + last / 10 < deadline)); do
+    from=$SECONDS
+    start_three "$start"
+    control python3 "$here/throughput.py" "$details" "deployed=http://$address:23333" \
+      "by hand 1=http://$address:$by_hand_port" "by hand 2=http://$address:$another_by_hand_port" \
+      --rounds 3 --until $((deadline - SECONDS - 10))
+    last=$((SECONDS - from)) start=$((start + 1))
+  done
+}
+
+# All at once, in an order that changes with START.
+start_three() {
+  local turn port
+  docker stop --time 60 "$container" >/dev/null
+  python3 "$here/by_hand.py" stop "$by_hand" >/dev/null 2>&1 || true
+  python3 "$here/by_hand.py" stop "$by_hand-2" >/dev/null 2>&1 || true
+  for turn in 0 1 2; do
+    case $(((turn + $1) % 3)) in
+      0) docker start "$container" ;;
+      1) python3 "$here/by_hand.py" start "$container" "$by_hand" "$by_hand_port" ;;
+      2) python3 "$here/by_hand.py" start "$container" "$by_hand-2" "$another_by_hand_port" ;;
+    esac >/dev/null
+  done
+  for port in 23333 "$by_hand_port" "$another_by_hand_port"; do
+    python3 "$here/ask.py" "http://$(endpoint):$port" dsv3-small 120
+  done
 }
 
 # A new container on the same host finds the caches of the old one.
@@ -281,8 +310,11 @@ PY
 }
 
 collect() {
-  docker logs --timestamps "$by_hand" >"$details/engine-by-hand.log" 2>&1 || true
-  python3 "$here/by_hand.py" stop "$by_hand" >/dev/null 2>&1 || true
+  local name
+  for name in "$by_hand" "$by_hand-2"; do
+    docker logs --timestamps "$name" >"$details/engine-${name#lmdeploy-}.log" 2>&1 || true
+    python3 "$here/by_hand.py" stop "$name" >/dev/null 2>&1 || true
+  done
   docker logs --timestamps "$container" >"$details/engine.log" 2>&1 || true
   docker inspect "$container" >"$details/container.json" 2>/dev/null || true
   docker exec "$container" ray status >"$details/ray-status.txt" 2>&1 || true
@@ -301,7 +333,8 @@ run_phase() {
   local name=$1 began result=0
   began=$(date +%s.%N)
   printf '%s ──── %s (%d s so far)\n' "$(date +%T)" "$name" "$SECONDS"
-  bash "$here/run.sh" --single "$name" --bundle "$bundle" --output "$output" || result=$?
+  bash "$here/run.sh" --single "$name" --bundle "$bundle" --output "$output" \
+    --deadline $((deadline - SECONDS)) || result=$?
   local seconds
   seconds=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')
   printf '%s\t%s\t%s\n' "$name" "$seconds" "$([[ $result == 0 ]] && echo passed || echo "failed ($result)")" \

@@ -37,8 +37,8 @@ MILESTONES = {
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) - lmdeploy")
 # Docker's own time before a line of the launcher, in UTC to the nanosecond.
 _STARTING = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})\d*Z .*launcher\| loading: api_server starts")
-_BLOCKS = re.compile(r"num_gpu_blocks=(\d+)")
-_BLOCK_SIZE = re.compile(r"\bblock_size=(\d+)")
+# What the engine settled for; what it was asked for stands before that, in the configuration of the backend.
+_CACHE = re.compile(r"CacheConfig\([^()]*?\bblock_size=(\d+),[^()]*?\bnum_gpu_blocks=(\d+)")
 
 
 def main() -> int:
@@ -127,31 +127,29 @@ def cache(log: Iterable[str], host: Mapping[str, Any], argv: Sequence[str]) -> d
 
     `argv` is the serving command: the model's folder and the options that memory depends on.
     """
-    text = "\n".join(log)
-    reported, size = _BLOCKS.search(text), _BLOCK_SIZE.search(text)
+    reported = _CACHE.search("\n".join(log))
     gpu = (host.get("gpus") or [None])[0]
-    if not reported or not size or gpu is None or len(argv) < 4:
+    if not reported or gpu is None or len(argv) < 4:
         return {}
+    size, blocks = map(int, reported.groups())
     given = dict(pairwise(argv))
+    layout = capacity.Layout(tp=int(given.get("--tp", "1")))
     predicted = capacity.estimate(
         capacity.load_model(argv[3]),
         capacity.Serving(
-            gpus=1,
+            gpus=layout.gpus,
             gpu_memory_mib=gpu["memory_mib"],
             gpu_name=gpu["name"],
-            layout=capacity.Layout(),
-            flash_mla=size.group(1) == "64",
+            layout=layout,
+            flash_mla=size == 64,
             cache_max_entry_count=float(given.get("--cache-max-entry-count", "0.8")),
             max_batch_size=int(given.get("--max-batch-size", "0")),
             max_prefill_token_num=int(given.get("--max-prefill-token-num", "8192")),
         ),
     )
-    blocks = int(reported.group(1))
-    if not blocks:
-        return {}
     return {
         "reported_blocks": blocks,
-        "block_size": int(size.group(1)),
+        "block_size": size,
         "predicted_blocks": predicted.blocks,
         "ratio": round(predicted.blocks / blocks, 5),
     }

@@ -163,7 +163,8 @@ def test_an_address_is_printed_that_others_could_reach() -> None:
 ENGINE_LOG = """\
 2026-11-24T06:44:20.100200300Z 2026-11-24T06:44:20Z ray| started
 2026-11-24T06:44:21.500000000Z 2026-11-24T06:44:21Z launcher| loading: api_server starts
-2026-11-24 06:44:40,000 - lmdeploy - INFO - async_engine.py:133 - input backend=pytorch, backend_config=x
+2026-11-24 06:44:40,000 - lmdeploy - INFO - async_engine.py:1 - input backend=pytorch, backend_config=X(block_size=64, \
+num_gpu_blocks=0)
 2026-11-24 06:45:10,500 - lmdeploy - INFO - ray_executor.py:277 - Init ray cluster.
 2026-11-24 06:45:11,000 - lmdeploy - INFO - ray_executor.py:308 - Init ray workers.
 2026-11-24 06:45:31,000 - lmdeploy - INFO - base.py:430 - Building Model.
@@ -354,25 +355,38 @@ def test_the_server_by_hand_is_the_deployed_one_but_for_what_cannot_be_shared(
     assert "ray start --head --node-ip-address=192.0.2.2 --port=23534 --num-gpus=1" in argv[-1]
 
 
-def test_throughput_is_compared_by_the_medians(script: Callable[[str], ModuleType]) -> None:
+def test_throughput_is_told_by_start_beside_what_two_alike_differ(script: Callable[[str], ModuleType]) -> None:
     throughput = script("throughput")
-    names = ("deployed", "second", "by hand")
+    names = ("deployed", "by hand 1", "by hand 2")
     rounds = [
-        {"first": first, **{name: {"output_tokens_per_s": rate} for name, rate in zip(names, rates, strict=True)}}
-        for first, rates in (
-            ("deployed", (990.0, 1010.0, 1000.0)),
-            ("second", (1500.0, 1000.0, 1000.0)),
-            ("by hand", (995.0, 980.0, 990.0)),
+        {
+            "start": start,
+            "first": first,
+            **{
+                name: {"output_tokens_per_s": rate, "client_busy": rate / 2000}
+                for name, rate in zip(names, rates, strict=True)
+            },
+        }
+        for start, first, rates in (
+            (1, "deployed", (990.0, 1000.0, 980.0)),
+            (1, "by hand 1", (1010.0, 1000.0, 1020.0)),
+            (2, "by hand 2", (1000.0, 1000.0, 1200.0)),
         )
     ]
     summary = throughput.summarise(rounds, names, 640)
-    assert summary["median_output_tokens_per_s"] == {"deployed": 995.0, "second": 1000.0, "by hand": 1000.0}
-    assert summary["ratio_of_medians"] == {"deployed": 0.995, "second": 1.0}
-    assert summary["ratios"] == {"deployed": [0.99, 1.5, 1.0051], "second": [1.01, 1.0, 0.9899]}
+    assert summary["ratios"] == {
+        "deployed / by hand": [1.0, 1.0, 0.9091],
+        "by hand 2 / by hand 1": [0.98, 1.02, 1.2],
+    }
+    assert summary["starts"] == {"deployed / by hand": [1.0, 0.9091], "by hand 2 / by hand 1": [1.0, 1.2]}
+    assert summary["means"] == {"deployed / by hand": 0.9545, "by hand 2 / by hand 1": 1.1}
+    assert summary["standard_errors"] == {"deployed / by hand": 0.0455, "by hand 2 / by hand 1": 0.1}
+    assert summary["client_busy"] == 0.6
     table = throughput.markdown(summary)
-    assert "| round | first | deployed | second | by hand | deployed / by hand | second / by hand |" in table
-    assert "| 2 | second | 1,500.0 | 1,000.0 | 1,000.0 | 1.500 | 1.000 |" in table
-    assert "| median | | 995.0 | 1,000.0 | 1,000.0 | **0.995** | **1.000** |" in table
+    assert "| start | round | first | deployed | by hand 1 | by hand 2 | deployed / by hand | by hand 2 / by" in table
+    assert "| 2 | 3 | by hand 2 | 1,000.0 | 1,000.0 | 1,200.0 | 0.909 | 1.200 |" in table
+    assert "| 1,000.0 | 1,000.0 | 1,020.0 | **0.955** ± 0.045 | **1.100** ± 0.100 |" in table
+    assert throughput.summarise(rounds[:1], names, 640)["standard_errors"]["deployed / by hand"] is None
 
 
 @pytest.mark.parametrize("servers", [["a=http://h"], ["a=http://h", "a=http://i"], ["a=http://h", "http://i"]])
