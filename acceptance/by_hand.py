@@ -40,7 +40,10 @@ def run_argv(
     host = deployed["HostConfig"]
     argv = ["docker", "run", "--detach", "--init", "--name", name, "--network", "host", "--ipc", host["IpcMode"]]
     for request in host["DeviceRequests"] or ():
-        argv += [word for device in request["DeviceIDs"] for word in ("--device", device)]
+        if request["Driver"] == "cdi":
+            argv += [word for device in request["DeviceIDs"] for word in ("--device", device)]
+        else:
+            argv += ["--gpus", f"device={','.join(request['DeviceIDs'])}" if request["DeviceIDs"] else "all"]
     for device in host["Devices"] or ():
         argv += ["--device", f"{device['PathOnHost']}:{device['PathInContainer']}"]
     for capability in host["CapAdd"] or ():

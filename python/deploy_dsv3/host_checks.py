@@ -32,8 +32,9 @@ SUPPORTED_OS = frozenset(
 )
 # Oldest Python on a target that ansible-core 2.19 supports (porting guide of ansible-core 2.19).
 MIN_PYTHON = (3, 8)
-# Oldest Docker that hands over GPUs by CDI name (Docker 25 release notes).
-MIN_DOCKER = 25
+# Oldest Docker for each engine_gpu_mode: CDI names came with Docker 25 (its release notes), and nobody maintains what
+# is older than 20.10.
+MIN_DOCKER: Mapping[str, tuple[int, ...]] = {"cdi": (25,), "legacy": (20, 10)}
 # What the distributions carry, where that is older.
 DISTRIBUTION_DOCKER = {("debian", "12"): "20.10"}
 # Free space that a host which has the image already still needs for logs and records.
@@ -252,16 +253,21 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
         )
     packaged = DISTRIBUTION_DOCKER.get((facts.os.id, facts.os.version_id), "")
     version = docker.version or (packaged if source == "distribution" else "")
-    if version and source != "repository" and int(version.split(".")[0]) < MIN_DOCKER:
+    mode = settings["engine_gpu_mode"]
+    least = MIN_DOCKER[mode]
+    if version and source != "repository" and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
         yield Finding(
             code="docker-old",
             host=host,
             severity="error",
             message=f"{host}: Docker {version}"
             + ("" if docker.version else f" is what {facts.os.id} {facts.os.version_id} carries")
-            + f", {MIN_DOCKER} or newer is required",
-            cause="older ones cannot hand over GPUs by their CDI name",
-            remedy="set docker_engine_source to repository: Docker's own packages are new enough",
+            + f", {'.'.join(map(str, least))} or newer is required",
+            cause="older ones cannot hand over GPUs by their CDI name"
+            if mode == "cdi"
+            else "older ones are not maintained",
+            remedy="set docker_engine_source to repository: Docker's own packages are new enough"
+            + ("; or engine_gpu_mode to legacy, as `docker run --gpus` does" if mode == "cdi" else ""),
         )
     wanted = settings["docker_engine_data_path"]
     if docker.root_dir and docker.root_dir != wanted and docker.containers:

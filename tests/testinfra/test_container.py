@@ -102,10 +102,20 @@ def test_devices(engine: Node, plan: NodePlan) -> None:
 
 
 def test_gpu_request(engine: Node) -> None:
-    """The container asks for its GPUs through CDI."""
+    """The container asks for its GPUs, by CDI or in the old way."""
     requests = engine.container["HostConfig"]["DeviceRequests"] or []
-    asked = [name for request in requests if request["Driver"] == "cdi" for name in request["DeviceIDs"]]
-    assert asked == engine.settings["engine_gpu_devices"], f"the container asks for {asked or requests}"
+    wanted = engine.settings["engine_gpu_devices"]
+    if engine.settings["engine_gpu_mode"] == "cdi":
+        asked = [name for request in requests if request["Driver"] == "cdi" for name in request["DeviceIDs"]]
+    else:
+        wanted = [name.rpartition("=")[2] for name in wanted]
+        asked = [
+            name
+            for request in requests
+            if request["Driver"] == "nvidia"
+            for name in (["all"] if request["Count"] == -1 else request["DeviceIDs"])
+        ]
+    assert asked == wanted, f"the container asks for {asked or requests}"
 
 
 def test_gpus_inside(running: Node, plan: NodePlan) -> None:

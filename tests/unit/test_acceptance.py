@@ -334,6 +334,9 @@ def test_the_server_by_hand_is_the_deployed_one_but_for_what_cannot_be_shared(
     node = {"node_address": "192.0.2.2", "ray": {"num_gpus": 1, "object_store_memory_bytes": 5}}
     serve = ["lmdeploy", "serve", "api_server", "/data/x y", "--server-port", "23333", "--tp", "1"]
     argv = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
+    deployed["HostConfig"] |= {"DeviceRequests": [{"Driver": "nvidia", "Count": -1, "DeviceIDs": None}]}
+    old = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
+    assert old[old.index("--gpus") + 1] == "all"
     for option, value in (
         ("--device", "nvidia.com/gpu=all"),
         ("--cap-add", "IPC_LOCK"),

@@ -18,7 +18,7 @@ def site(**changes: object) -> inventory.Site:
         "known_hosts": Path("/state/ssh/known_hosts"),
         "packages_url": "http://198.18.0.2",
         "registry": "198.18.0.3:5000",
-        "distribution": "debian13",
+        "distributions": dict.fromkeys(("gpu-01", "gpu-02", "gpu-03"), "debian13"),
         "can_raise_limits": True,
     }
     return inventory.Site(**(values | changes))
@@ -36,6 +36,15 @@ def test_first_host_is_the_head_and_the_others_are_workers() -> None:
         "[dsv3_workers]",
         "gpu-02 ansible_host=198.18.0.12",
         "gpu-03 ansible_host=198.18.0.13",
+    ]
+
+
+def test_a_host_of_another_release_has_its_own_repository_and_a_docker_without_cdi() -> None:
+    mixed = site(distributions={"gpu-01": "debian13", "gpu-02": "debian13", "gpu-03": "debian12"})
+    (line,) = [line for line in inventory.render(mixed)["hosts.ini"].splitlines() if line.startswith("gpu-03")]
+    assert line.split()[2:] == [
+        "nvidia_driver_repository_url=http://198.18.0.2/nvidia/debian12/x86_64/",
+        "engine_gpu_mode=legacy",
     ]
 
 

@@ -312,6 +312,10 @@ def test_everything_wrong_with_a_recorded_host_is_found_at_once() -> None:
             True,
         ),
         ({"docker__version": "28.4.0"}, {}, False),
+        # `docker run --gpus` needs none.
+        ({"os__version_id": "12"}, {"engine_gpu_mode": "legacy"}, False),
+        ({"docker__version": "20.10.24"}, {"engine_gpu_mode": "legacy"}, False),
+        ({"docker__version": "19.03.15"}, {"engine_gpu_mode": "legacy"}, True),
     ],
 )
 def test_a_docker_without_cdi_is_refused(changes: dict[str, Any], settings: dict[str, Any], refused: bool) -> None:

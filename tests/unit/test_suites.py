@@ -367,6 +367,15 @@ FAULTS: dict[str, tuple[Callable[[Deployed], Any], Failures]] = {
         ),
         of(WORKER, "container.gpu_request"),
     ),
+    "container asks for too few GPUs in the old way": (
+        lambda d: (
+            d.settings[WORKER].update(engine_gpu_mode="legacy"),
+            d.inspect(WORKER)["HostConfig"].update(
+                DeviceRequests=[{"Driver": "nvidia", "Count": 0, "DeviceIDs": ["0"], "Capabilities": [["gpu"]]}]
+            ),
+        ),
+        of(WORKER, "container.gpu_request"),
+    ),
     "container blind": (
         lambda d: d.hosts[WORKER]["inside"]["gpus"].update(rc=255, out="Failed to initialize NVML"),
         of(WORKER, "container.gpus_inside"),

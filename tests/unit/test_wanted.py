@@ -171,3 +171,13 @@ class TestManifest:
         )
         made = [manifest.make(facts, known.settings, node_of(HEAD).to_json())["salt"] for _ in range(2)]
         assert made[0] != made[1] and all(len(salt) == 32 for salt in made)
+
+
+def test_gpus_in_the_old_way_need_a_docker_that_manages_cgroups_itself() -> None:
+    """Else systemd's next daemon-reload takes them from the container. What else is in the file stays."""
+    facts = load_facts(converged()[HEAD])
+    found = {**(facts.docker.daemon_json or {}), "exec-opts": ["native.umask=normal", "native.cgroupdriver=systemd"]}
+    facts = facts.model_copy(update={"docker": facts.docker.model_copy(update={"daemon_json": found})})
+    made = wanted.daemon_json({**SETTINGS, "engine_gpu_mode": "legacy"}, facts)
+    assert made["exec-opts"] == ["native.umask=normal", "native.cgroupdriver=cgroupfs"]
+    assert wanted.daemon_json(SETTINGS, facts)["exec-opts"] == found["exec-opts"]

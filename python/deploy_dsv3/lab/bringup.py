@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +82,20 @@ def up(wish: Wish, paths: LabPaths, steps: Steps) -> Lab:
         docker = engine.docker
         before = fleet.read_record(paths.lab(wish.name))
         suite = wish.suite or (before.suite if before else DEFAULT_SUITE)
-        with steps.step(f"base image: Debian {suite}"):
-            host_image = images.host(docker, images.debian(docker, paths, suite, wish.mirror))
-            # Services and engine are the same for the hosts of every release.
-            base = images.debian(docker, paths, DEFAULT_SUITE, wish.mirror)
-        lab = Lab(record=_record(wish, paths, docker, before, suite, host_image), paths=paths, docker=docker)
+        record = _record(wish, paths, docker, before, suite)
+        suites = {host.hardware_profile().suite or suite for host in record.hosts}
+        with steps.step(f"base image: Debian {' and '.join(sorted(suites))}"):
+            bases = {name: images.debian(docker, paths, name, wish.mirror) for name in {*suites, DEFAULT_SUITE}}
+            host_images = {name: images.host(docker, bases[name], name) for name in suites}
+        lab = Lab(record=replace(record, host_images=host_images), paths=paths, docker=docker)
         for surplus in _surplus(before, lab.record):
             with steps.step(f"{surplus.name}: not wanted any more, removed"):
                 lab.host(surplus).remove()
         lab.record.save(lab.folder)
         _keys(lab)
         _have_network(lab)
-        _assemble(lab, base, steps)
+        # Services and engine are the same for the hosts of every release.
+        _assemble(lab, bases[DEFAULT_SUITE], steps)
         if isinstance(engine, outer_engine.PrivateEngine):
             images.tidy(docker)
         inventory.write(lab.inventory, inventory.render(_site(lab)))
@@ -174,9 +176,7 @@ def refuse_too_many(hosts: int, *, memory_gib: float, inotify_instances: int) ->
         )
 
 
-def _record(
-    wish: Wish, paths: LabPaths, docker: DockerCli, before: LabRecord | None, suite: str, host_image: str
-) -> LabRecord:
+def _record(wish: Wish, paths: LabPaths, docker: DockerCli, before: LabRecord | None, suite: str) -> LabRecord:
     subnet = before.subnet if before else network.choose_subnet(wish.name, _networks_in_use(docker))
     count = wish.hosts or (len(before.hosts) if before else DEFAULT_HOSTS)
     known = {host.number: host for host in before.hosts} if before else {}
@@ -193,7 +193,7 @@ def _record(
         name=wish.name,
         subnet=subnet,
         suite=suite,
-        host_image=host_image,
+        host_images={},
         inventory=str(folder.absolute()),
         hosts=tuple(records),
     )
@@ -266,7 +266,7 @@ def _all_done(futures: Sequence[Future[Any]]) -> None:
 
 def _have_host(lab: Lab, host: hosts.Host) -> None:
     state = host.state()
-    if state == "absent" or not host.is_as_born(lab.record.host_image):
+    if state == "absent" or not host.is_as_born(lab.host_image(host)):
         lab.reset(host)
         return
     if host.hardware() != host.description():
@@ -305,7 +305,7 @@ def _site(lab: Lab) -> inventory.Site:
         known_hosts=lab.known_hosts,
         packages_url=lab.services.packages_url,
         registry=lab.services.registry,
-        distribution=SUITES[lab.record.suite],
+        distributions={host.name: SUITES[lab.suite(host)] for host in lab},
         can_raise_limits="SYS_RESOURCE" in machine.capabilities(),
         password_file=lab.password_file if asks else None,
     )

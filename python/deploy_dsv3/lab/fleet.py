@@ -8,7 +8,7 @@ with lab["gpu-01"].cable_pulled(): ...
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .paths import LabPaths, default_paths
 from .services import Services
 
 DEFAULT_NAME = "lab"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,15 @@ class LabRecord:
 
     Attributes:
         subnet: its network in CIDR notation.
-        suite: release of Debian that its hosts run.
-        host_image: what its hosts are made from.
+        suite: release of Debian that its hosts run, where their profiles name no other.
+        host_images: what its hosts are made from, by release.
         inventory: directory of its inventory.
     """
 
     name: str
     subnet: str
     suite: str
-    host_image: str
+    host_images: Mapping[str, str]
     inventory: str
     hosts: tuple[HostRecord, ...]
 
@@ -173,6 +173,14 @@ class Lab:
         """The administrator's sudo password, on hosts that ask for one."""
         return self.folder / "ssh" / "sudo_password"
 
+    def suite(self, host: Host) -> str:
+        """Release of Debian that a host runs."""
+        return host.record.hardware_profile().suite or self.record.suite
+
+    def host_image(self, host: Host) -> str:
+        """What a host is made from."""
+        return self.record.host_images[self.suite(host)]
+
     def reset(self, host: Host) -> None:
         """Make a host bare again: a new server with the old one's name, address and host key."""
         host.remove()
@@ -180,7 +188,7 @@ class Lab:
 
     def bear(self, host: Host) -> None:
         """Make a host and switch it on, with what its profile says it is born with."""
-        host.create(self.record.host_image, self.key.with_suffix(".pub").read_text())
+        host.create(self.host_image(host), self.key.with_suffix(".pub").read_text())
         host.start()
         if failed := host.failed_units():
             raise LabError(

@@ -88,6 +88,7 @@ class Profile(_Model):
         nouveau: the kernel loads nouveau at boot unless that is forbidden in the initramfs.
         born_with: packages of the lab's vendor repository that are there from the start, name to version.
         sudo: whether the administrator's sudo asks for a password.
+        suite: release of Debian that it came with; the lab's where empty.
     """
 
     description: str
@@ -99,6 +100,7 @@ class Profile(_Model):
     nouveau: bool = False
     born_with: Mapping[str, str] = Field(default_factory=dict)
     sudo: Literal["nopasswd", "password"] = "nopasswd"
+    suite: Literal["", "bookworm", "trixie"] = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:

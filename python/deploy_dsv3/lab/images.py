@@ -133,10 +133,10 @@ def _debootstrap(docker: DockerCli, paths: LabPaths, suite: str, archive: str) -
     return tag
 
 
-def host(docker: DockerCli, base: str) -> str:
-    """Have the image of a bare server; returns its tag."""
+def host(docker: DockerCli, base: str, suite: str) -> str:
+    """Have the image of a bare server with a release of Debian; returns its tag."""
     files = tree(FILES / "host")
-    tag = f"dsv3-lab/host:{fingerprint(base, _HOST_SCRIPT, *_of_files(files))}"
+    tag = f"dsv3-lab/host-{suite}:{fingerprint(base, _HOST_SCRIPT, *_of_files(files))}"
     if not exists(docker, tag):
         docker.extend(base, tag, _HOST_SCRIPT, files, ['CMD ["/usr/lib/dsv3-lab/kernel.py", "boot"]'])
     return tag

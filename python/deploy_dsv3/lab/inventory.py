@@ -6,7 +6,7 @@ Only variables that a real site could set as well; nothing says "lab" to a role.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ ansible_ssh_common_args: >-
   -o UserKnownHostsFile={known_hosts} -o StrictHostKeyChecking=yes -o IdentitiesOnly=yes
 {become}
 # Mirrors of this site: the vendor's packages (simulated ones) and Docker Hub.
-nvidia_driver_repository_url: {packages}/nvidia/{distribution}/x86_64/
-nvidia_driver_repository_key_url: {packages}/nvidia/{distribution}/x86_64/archive-key.asc
+nvidia_driver_repository_url: {packages}/{drivers}
+nvidia_driver_repository_key_url: {packages}/{drivers}archive-key.asc
 nvidia_container_toolkit_repository_url: {packages}/libnvidia-container/stable/deb/amd64/
 nvidia_container_toolkit_repository_key_url: {packages}/libnvidia-container/gpgkey
 docker_engine_registry_mirrors: ["http://{registry}"]
@@ -50,6 +50,11 @@ preflight_min_memory_gib: 2
 preflight_min_disk_gib: 5
 ray_cluster_object_store_memory_bytes: 268435456
 {capacity}{limits}"""
+
+#: Distributions whose own Docker knows no CDI.
+_WITHOUT_CDI = ("debian12",)
+#: Where the vendor's repository of a distribution is.
+_DRIVERS = "nvidia/{}/x86_64/"
 
 _CAPACITY = """\
 
@@ -72,6 +77,7 @@ class Site:
     Attributes:
         key, known_hosts: files of the lab's SSH identity.
         password_file: holds the sudo password; none where sudo asks for none.
+        distributions: the vendor's name of each host's distribution, by host.
         can_raise_limits: whether the hosts may raise resource limits.
     """
 
@@ -80,14 +86,15 @@ class Site:
     known_hosts: Path
     packages_url: str
     registry: str
-    distribution: str
+    distributions: Mapping[str, str]
     can_raise_limits: bool
     password_file: Path | None = None
 
 
 def render(site: Site) -> dict[str, str]:
     """File name in the inventory directory to content."""
-    lines = [f"{host.name} ansible_host={host.address}" for host in site.hosts]
+    common = site.distributions[site.hosts[0].name]
+    lines = [_host_line(site, host, common) for host in site.hosts]
     become = ""
     if site.password_file:
         become = f"ansible_become_password: \"{{{{ lookup('ansible.builtin.file', '{site.password_file}') }}}}\"\n"
@@ -99,13 +106,23 @@ def render(site: Site) -> dict[str, str]:
             known_hosts=site.known_hosts,
             become=become,
             packages=site.packages_url,
-            distribution=site.distribution,
+            drivers=_DRIVERS.format(common),
             registry=site.registry,
             model=hosts.MODEL_PATH,
             capacity="" if _hold_the_model(site.hosts) else _CAPACITY,
             limits="" if site.can_raise_limits else _LIMITS,
         ),
     }
+
+
+def _host_line(site: Site, host: hosts.HostRecord, common: str) -> str:
+    own = site.distributions[host.name]
+    words = [host.name, f"ansible_host={host.address}"]
+    if own != common:
+        words.append(f"nvidia_driver_repository_url={site.packages_url}/{_DRIVERS.format(own)}")
+    if own in _WITHOUT_CDI:
+        words.append("engine_gpu_mode=legacy")
+    return " ".join(words)
 
 
 def _hold_the_model(records: Sequence[hosts.HostRecord]) -> bool:

@@ -277,6 +277,7 @@ def _toolkit_packages(toolkit: str) -> list[Package]:
         package(
             name="nvidia-container-toolkit",
             summary="NVIDIA Container Toolkit",
+            payload="toolkit",
             depends=(
                 f"nvidia-container-toolkit-base (= {version})",
                 f"libnvidia-container-tools (>= {version})",
