@@ -187,6 +187,14 @@ def test_docker(system: str, source: str, url: str, packages: set[str]) -> None:
     assert variable("docker_engine", "__docker_engine_suites", system) == SYSTEMS[system]["codename"]
 
 
+@pytest.mark.parametrize(
+    ("system", "packaged"), [("debian13", True), ("debian12", False), ("ubuntu2204", False), ("ubuntu2404", False)]
+)
+def test_dockers_client_is_a_package_of_its_own_since_debian_13(system: str, packaged: bool) -> None:
+    packages = variable("docker_engine", "__docker_engine_package_sets", system)["distribution"]
+    assert "docker.io" in packages and ("docker-cli" in packages) is packaged
+
+
 def test_images_are_pulled_through_a_proxy_of_their_own() -> None:
     name = "__docker_engine_registries"
     assert "proxies" not in variable("docker_engine", name, "debian13")
