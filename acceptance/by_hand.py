@@ -45,7 +45,8 @@ def run_argv(
         if request["Driver"] == "cdi":
             argv += [word for device in request["DeviceIDs"] for word in ("--device", device)]
         else:
-            argv += ["--gpus", f"device={','.join(request['DeviceIDs'])}" if request["DeviceIDs"] else "all"]
+            # The option is a line of CSV: several devices are one field only within quotes.
+            argv += ["--gpus", f'"device={",".join(request["DeviceIDs"])}"' if request["DeviceIDs"] else "all"]
     for device in host["Devices"] or ():
         argv += ["--device", f"{device['PathOnHost']}:{device['PathInContainer']}"]
     for capability in host["CapAdd"] or ():

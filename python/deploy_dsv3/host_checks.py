@@ -35,6 +35,8 @@ MIN_PYTHON = (3, 8)
 # Oldest Docker for each engine_gpu_mode: CDI names came with Docker 25 (its release notes), and nobody maintains what
 # is older than 20.10.
 MIN_DOCKER: Mapping[str, tuple[int, ...]] = {"cdi": (25,), "legacy": (20, 10)}
+# Oldest Docker that takes its proxies from daemon.json (Docker 23 release notes).
+PROXY_DOCKER = (23,)
 # What the distributions carry, where that is older.
 DISTRIBUTION_DOCKER = {("debian", "12"): "20.10"}
 # Free space that a host which has the image already still needs for logs and records.
@@ -56,6 +58,11 @@ def check_host(host: str, facts: HostFacts, settings: Mapping[str, Any], *, is_h
     yield from _check_containers(host, facts, settings)
     yield from _check_ports(host, facts, settings, is_head=is_head)
     yield from _check_reach(host, facts)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _check_os(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Iterator[Finding]:
@@ -93,7 +100,7 @@ def _check_os(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> Itera
             remedy="boot the host with systemd, or prepare driver, Docker and toolkit yourself (sources preinstalled) "
             "and set endpoint_mode to direct; Docker is then yours to start after a reboot",
         )
-    python = tuple(int(part) for part in re.findall(r"\d+", system.python)[:2])
+    python = _numbers(system.python)
     if python and python < MIN_PYTHON:
         yield Finding(
             code="python",
@@ -255,7 +262,7 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
     version = docker.version or (packaged if source == "distribution" else "")
     mode = settings["engine_gpu_mode"]
     least = MIN_DOCKER[mode]
-    if version and source != "repository" and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
+    if version and source != "repository" and _numbers(version) < least:
         yield Finding(
             code="docker-old",
             host=host,
@@ -268,6 +275,28 @@ def _check_docker(host: str, facts: HostFacts, settings: Mapping[str, Any]) -> I
             else "older ones are not maintained",
             remedy="set docker_engine_source to repository: Docker's own packages are new enough"
             + ("; or engine_gpu_mode to legacy, as `docker run --gpus` does" if mode == "cdi" else ""),
+        )
+    proxied = source == "distribution" and settings["docker_engine_proxy_url"]
+    if proxied and version and _numbers(version) < PROXY_DOCKER:
+        yield Finding(
+            code="docker-proxy",
+            host=host,
+            severity="error",
+            message=f"{host}: docker_engine_proxy_url is set, and Docker {version} knows no proxies in daemon.json",
+            cause="that came with Docker 23; an older one does not start with them",
+            remedy="set docker_engine_source to repository, or pull through docker_engine_registry_mirrors",
+        )
+    options = (docker.daemon_json or {}).get("exec-opts") or []
+    if mode == "legacy" and source == "preinstalled" and "native.cgroupdriver=cgroupfs" not in options:
+        yield Finding(
+            code="docker-cgroups",
+            host=host,
+            severity="warning",
+            message=f"{host}: engine_gpu_mode is legacy, and nothing keeps the container's GPUs over a "
+            "`systemctl daemon-reload`",
+            cause="where systemd manages cgroups for Docker it takes away what NVIDIA's runtime hook allowed",
+            remedy='put "exec-opts": ["native.cgroupdriver=cgroupfs"] into /etc/docker/daemon.json and restart Docker, '
+            "or have `nvidia-ctk system create-dev-char-symlinks` run at every boot",
         )
     wanted = settings["docker_engine_data_path"]
     if docker.root_dir and docker.root_dir != wanted and docker.containers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import ipaddress
 import json
@@ -335,9 +336,14 @@ def test_the_server_by_hand_is_the_deployed_one_but_for_what_cannot_be_shared(
     node = {"node_address": "192.0.2.2", "ray": {"num_gpus": 1, "object_store_memory_bytes": 5}}
     serve = ["lmdeploy", "serve", "api_server", "/data/x y", "--server-port", "23333", "--tp", "1"]
     argv = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
-    deployed["HostConfig"] |= {"DeviceRequests": [{"Driver": "nvidia", "Count": -1, "DeviceIDs": None}]}
-    old = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
-    assert old[old.index("--gpus") + 1] == "all"
+    for request, gpus in (
+        ({"Driver": "nvidia", "Count": -1, "DeviceIDs": None}, ["all"]),
+        ({"Driver": "nvidia", "Count": 0, "DeviceIDs": ["0", "1"]}, ["device=0,1"]),
+    ):
+        deployed["HostConfig"] |= {"DeviceRequests": [request]}
+        old = script("by_hand").run_argv(deployed, node, serve, name="by-hand", port=23533, key="sk")
+        # Docker's client reads it as CSV.
+        assert next(csv.reader([old[old.index("--gpus") + 1]])) == gpus
     for option, value in (
         ("--device", "nvidia.com/gpu=all"),
         ("--cap-add", "IPC_LOCK"),

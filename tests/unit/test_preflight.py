@@ -323,6 +323,43 @@ def test_a_docker_without_cdi_is_refused(changes: dict[str, Any], settings: dict
     assert ("docker-old" in findings) is refused
 
 
+@pytest.mark.parametrize(
+    ("changes", "settings", "refused"),
+    [
+        ({"os__version_id": "12"}, {}, True),
+        ({"os__version_id": "12"}, {"docker_engine_source": "repository"}, False),
+        ({"docker__version": "20.10.24"}, {}, True),
+        ({"docker__version": "23.0.6"}, {}, False),
+        ({"os__version_id": "12"}, {"docker_engine_proxy_url": ""}, False),
+    ],
+)
+def test_a_docker_that_would_not_start_with_proxies_is_refused(
+    changes: dict[str, Any], settings: dict[str, Any], refused: bool
+) -> None:
+    legacy = {"engine_gpu_mode": "legacy", "docker_engine_proxy_url": "http://192.0.2.9:3128"}
+    findings = judge_one(edited("l20-pcie", **changes), **(legacy | settings))
+    assert ("docker-proxy" in findings) is refused
+
+
+@pytest.mark.parametrize(
+    ("daemon_json", "settings", "warned"),
+    [
+        (None, {}, True),
+        ({"exec-opts": ["native.cgroupdriver=systemd"]}, {}, True),
+        ({"exec-opts": ["native.cgroupdriver=cgroupfs"]}, {}, False),
+        (None, {"engine_gpu_mode": "cdi"}, False),
+        # The role writes it itself.
+        (None, {"docker_engine_source": "distribution"}, False),
+    ],
+)
+def test_gpus_that_a_preinstalled_docker_may_lose_are_warned_of(
+    daemon_json: dict[str, Any] | None, settings: dict[str, Any], warned: bool
+) -> None:
+    facts = edited("l20-pcie", docker__version="26.1.5", docker__running=True, docker__daemon_json=daemon_json)
+    given = {"engine_gpu_mode": "legacy", "docker_engine_source": "preinstalled", **settings}
+    assert ("docker-cgroups" in judge_one(facts, **given)) is warned
+
+
 def test_a_docker_that_keeps_its_data_elsewhere_is_told() -> None:
     facts = edited("cloud-vm", docker__root_dir="/mnt/docker")
     assert "/mnt/docker" in judge_one(facts)["docker-data"].message
