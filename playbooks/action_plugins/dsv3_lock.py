@@ -22,11 +22,14 @@ class ActionModule(ActionBase):
         variables = task_vars or {}
         result: dict[str, Any] = super().run(tmp, variables)
         _, arguments = self.validate_argument_spec(
-            {"state": {"type": "str", "choices": ["held", "released"], "default": "held"}}
+            {
+                "state": {"type": "str", "choices": ["held", "released"], "default": "held"},
+                "forget": {"type": "bool", "default": False},
+            }
         )
         mine = hostvars.plain(variables.get("dsv3_run")) or _alone()
         if arguments["state"] == "released":
-            return {**result, **self._ask({"do": "release", "holder": mine}, variables)}
+            return {**result, **self._ask({"do": "release", "holder": mine, "forget": arguments["forget"]}, variables)}
         answer = self._ask({"do": "take", "holder": mine}, variables)
         known = answer.get("holder") or {}
         if answer.get("done") is False and lock.is_dead(known):
