@@ -37,7 +37,11 @@ BY_HAND = (
         "mkdir -p /etc/systemd/system/docker.service.d && touch /etc/systemd/system/docker.service.d/hand.conf",
         "file /etc/systemd/system/docker.service.d/hand.conf",
     ),
-    (1, "apt-get remove --yes nvidia-container-toolkit", "package nvidia-container-toolkit"),
+    (
+        1,
+        "apt-get remove --yes --allow-change-held-packages nvidia-container-toolkit",
+        "package nvidia-container-toolkit",
+    ),
 )
 #: What undoes of it what no role does.
 UNDONE = (
